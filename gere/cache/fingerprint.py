@@ -1,0 +1,88 @@
+"""What an anchor depends on, and the key that follows from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gere.cache.files import canonical_json, sha256
+from gere.states import base_module
+
+FORMAT_VERSION = 1
+ADAPTER_WRAPPERS = ("base_layer", "original_module")
+# Set by Trainer or by saving and loading, without any effect on the states.
+VOLATILE_CONFIG = frozenset(
+    "transformers_version use_cache dtype torch_dtype pad_token_id bos_token_id eos_token_id unk_token_id "
+    "tokenizer_class quantization_config architectures".split()
+)
+
+
+def key_of(fields: Mapping[str, str]) -> str:
+    """Key of an anchor: the first 32 hexadecimal digits of the SHA-256 of its fields."""
+    return sha256(canonical_json(dict(fields)))[:32]
+
+
+def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of the fields that differ, in the order of `wanted`."""
+    names = list(wanted) + [name for name in found if name not in wanted]
+    return tuple(name for name in names if wanted.get(name) != found.get(name))
+
+
+def architecture_digest(model: nn.Module) -> str:
+    """Digest of the class and of the settings in the configuration that shape the forward pass."""
+    causal = base_module(model)
+    config = causal.config.to_dict() if hasattr(causal, "config") else {}  # type: ignore[operator, union-attr]
+    kept = {name: value for name, value in config.items() if name not in VOLATILE_CONFIG and name[0] != "_"}
+    plain = json.dumps({"class": type(causal).__name__, "config": kept}, sort_keys=True, default=repr)
+    return sha256(plain.encode())
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of every weight and persistent buffer of the base model.
+
+    Args:
+        model: The model without its distributed wrapper. Weights of PEFT adapters are left out and the wrapper's names
+            undone, so that a model has one digest with an adapter and without.
+    """
+    with ThreadPoolExecutor() as pool:
+        tensors = sorted(base_tensors(model).items())
+        digests = pool.map(lambda item: _tensor_digest(*item), tensors)
+        return sha256("".join(digests).encode())
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and persistent buffers of the base model by their own names; tied weights come once."""
+    causal = base_module(model)
+    adapters = {
+        name for module in causal.modules() for name in getattr(module, "adapter_layer_names", ()) if name
+    } | {"modules_to_save"}
+    found: dict[tuple[int, tuple[int, ...]], tuple[str, Tensor]] = {}
+    for full_name, tensor in causal.state_dict().items():
+        parts = full_name.split(".")
+        if not isinstance(tensor, Tensor) or adapters & set(parts):
+            continue
+        name = ".".join(part for part in parts if part not in ADAPTER_WRAPPERS)
+        address = (tensor.data_ptr() if tensor.numel() else id(tensor), tuple(tensor.shape))
+        found[address] = min(found.get(address, (name, tensor)), (name, tensor), key=lambda item: item[0])
+    return dict(found.values())
+
+
+def _tensor_digest(name: str, tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def text_digest(items: Iterable[Any]) -> str:
+    """Digest of a sequence of texts or of token lists, in order."""
+    digest = hashlib.sha256()
+    for item in items:
+        content = item.encode("utf-8", "surrogatepass") if isinstance(item, str) else repr(list(item)).encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()

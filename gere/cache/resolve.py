@@ -1,0 +1,105 @@
+"""Find the anchor of a run: open the one that fits, refuse the one that does not, build it once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from filelock import FileLock
+
+from gere.cache.files import folder_errors, make_folder
+from gere.cache.fingerprint import differences, key_of
+from gere.cache.store import MANIFEST, Anchor, read_manifest
+from gere.errors import CacheMismatchError, CacheMissingError
+
+WAYS_ON = {
+    "weights": "Start from the base model that the anchor belongs to; if this model was fine-tuned from it, set "
+    "gere_config.anchor to the anchor's key; for a new base model use another gere_hidden_state_saving_dir, or "
+    "reuse_gere_hidden_state=False to build a second anchor in this one.",
+    "": "Restore the setting, use another gere_hidden_state_saving_dir, or set reuse_gere_hidden_state=False to build "
+    "a second anchor in this one.",
+}
+
+
+def anchor_folder(root: Path, key: str) -> Path:
+    """Folder of the anchor with this key."""
+    return root / f"anchor-{key}"
+
+
+def open_named(root: Path, key: str, fields: Mapping[str, str]) -> Anchor:
+    """Open the anchor that a checkpoint, a model or the user names. It is never built.
+
+    Args:
+        root: Cache folder.
+        key: Key of the anchor.
+        fields: What must agree; a fine-tuned model leaves out its weights, which have moved.
+
+    Raises:
+        CacheMissingError: If there is none with this key.
+        CacheMismatchError: If a field disagrees.
+        CacheCorruptError: If its bytes are damaged.
+    """
+    folder = anchor_folder(root, key)
+    if not (folder / MANIFEST).exists():
+        raise CacheMissingError(
+            "The anchor of this run is not in the cache folder, and a model that was trained cannot be anchored again.",
+            where=root,
+            expected=folder.name,
+            found=", ".join(path.name for path in anchors_in(root)) or "no anchor",
+            fix="Set gere_hidden_state_saving_dir to the folder of the first run, or copy that folder here.",
+        )
+    anchor = Anchor(folder)
+    _require_same(fields, {name: anchor.fields.get(name, "") for name in fields}, folder)
+    return anchor
+
+
+def open_or_build(root: Path, fields: Mapping[str, str], build: Callable[[Path], None], *, reuse: bool) -> Anchor:
+    """Open the anchor that belongs to `fields`, or build it if the cache folder holds none.
+
+    Args:
+        root: Cache folder.
+        fields: What the anchor depends on.
+        build: Builds the anchor in the folder that it is given.
+        reuse: Open what is there, and refuse a folder that holds only others. `False` builds anew.
+
+    Raises:
+        CacheMismatchError: If the folder holds an anchor of other fields, naming them.
+        CacheCorruptError: If the anchor is damaged.
+        CacheFolderError: If the folder cannot be used.
+    """
+    folder = anchor_folder(root, key_of(fields))
+    if reuse and (folder / MANIFEST).exists():
+        return Anchor(folder)
+    make_folder(root)
+    with folder_errors(root), FileLock(root / ".lock"):
+        if not (reuse and (folder / MANIFEST).exists()):
+            if reuse:
+                _refuse_others(root, fields)
+            build(folder)
+    return Anchor(folder)
+
+
+def anchors_in(root: Path) -> list[Path]:
+    """Folders of the finished anchors in a cache folder."""
+    return sorted(path for path in root.glob("anchor-*") if path.suffix == "" and (path / MANIFEST).exists())
+
+
+def _refuse_others(root: Path, fields: Mapping[str, str]) -> None:
+    others = [(path, read_manifest(path)["fields"]) for path in anchors_in(root)]
+    if others:
+        nearest, found = min(others, key=lambda other: len(differences(fields, other[1])))
+        _require_same(fields, found, nearest)
+
+
+def _require_same(wanted: Mapping[str, str], found: Mapping[str, str], folder: Path) -> None:
+    names = differences(wanted, found)
+    if names:
+        error = CacheMismatchError(
+            f"The anchor was made from other {', '.join(names)}.",
+            where=folder,
+            expected="; ".join(f"{name} {wanted.get(name)}" for name in names),
+            found="; ".join(f"{name} {found.get(name)}" for name in names),
+            fix=WAYS_ON["weights" if "weights" in names else ""],
+        )
+        error.fields = names
+        raise error

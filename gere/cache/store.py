@@ -1,0 +1,180 @@
+"""An anchor on disk: opened, verified, read row by row. It never runs a model.
+
+An anchor is a folder of these files; `manifest.json` is written last and names every other file with its hash.
+
+| file | content |
+|---|---|
+| `rows.safetensors` | `tokens` int32 [n], `base_ce` float32 [n]; with regions also `shard` int32 [n], `start` int64 [n] |
+| `bands.safetensors` | `lower`, `upper`, `tolerance`, `mean`, `std`, float32 [d] |
+| `regions-NNNNN.safetensors` | `codes` uint8 [tokens of the shard, ceil(d / 4)] |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gere.cache.bands import Bands
+from gere.cache.files import canonical_json, file_sha256, sha256
+from gere.cache.fingerprint import FORMAT_VERSION, key_of
+from gere.errors import CacheCorruptError, CacheMismatchError
+
+MANIFEST, ROWS, BANDS = "manifest.json", "rows.safetensors", "bands.safetensors"
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard of regions."""
+    return f"regions-{number:05d}.safetensors"
+
+
+def manifest_bytes(fields: Mapping[str, str], files: Mapping[str, str], shape: Mapping[str, int]) -> bytes:
+    """Content of a manifest.
+
+    Args:
+        fields: What the anchor depends on.
+        files: SHA-256 of every file by name.
+        shape: `rows`, `tokens` and `dim` (0 without regions).
+    """
+    content = {
+        "format_version": FORMAT_VERSION,
+        "key": key_of(fields),
+        "fields": dict(fields),
+        "files": dict(files),
+        "shape": dict(shape),
+    }
+    return canonical_json({**content, "sha256": sha256(canonical_json(content))})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check the manifest of an anchor, without its other files.
+
+    Raises:
+        CacheCorruptError: If a byte of it differs from what was written.
+        CacheMismatchError: If it was written in another format.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+        content = json.loads(raw)
+        digest = content.pop("sha256")
+        version = content["format_version"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _corrupt(path, "a readable manifest", f"{type(error).__name__}: {error}") from error
+    if version != FORMAT_VERSION:
+        mismatch = CacheMismatchError(
+            "The anchor has another format.",
+            where=path,
+            expected=f"format_version {FORMAT_VERSION}",
+            found=repr(version),
+            fix="Use the version of gere that wrote it, or another gere_hidden_state_saving_dir.",
+        )
+        mismatch.fields = ("format_version",)
+        raise mismatch
+    found = sha256(canonical_json(content))
+    if digest != found or raw != canonical_json({**content, "sha256": digest}):
+        raise _corrupt(path, f"SHA-256 {digest}", found)
+    return content
+
+
+class Anchor:
+    """The base model's regions and losses on the replay set, memory-mapped.
+
+    Args:
+        folder: Folder of the anchor.
+        verify: Compare the hash of every file with the manifest.
+
+    Attributes:
+        key: Key of the anchor.
+        fields: What it depends on.
+        rows: Number of replay rows.
+        dim: Size d of the state; 0 if it holds no regions.
+
+    Raises:
+        CacheCorruptError: If a file is missing or its bytes differ from what was written.
+        CacheMismatchError: If it was written in another format.
+    """
+
+    def __init__(self, folder: Path, *, verify: bool = True) -> None:
+        self.folder = Path(folder)
+        manifest = read_manifest(self.folder)
+        self.key: str = manifest["key"]
+        self.fields: dict[str, str] = manifest["fields"]
+        self.rows: int = manifest["shape"]["rows"]
+        self.dim: int = manifest["shape"]["dim"]
+        if verify:
+            verify_files(self.folder, manifest["files"])
+
+    @cached_property
+    def bands(self) -> Bands:
+        """Bands of the regions."""
+        stored = load_file(self.folder / BANDS)
+        return Bands(stored["lower"], stored["upper"], stored["tolerance"])
+
+    @cached_property
+    def base_ce(self) -> Tensor:
+        """Cross-entropy of the base model on each row, float32 [rows]."""
+        return self._index["base_ce"]
+
+    def tokens(self, row: int) -> int:
+        """Number of tokens of a row."""
+        return int(self._index["tokens"][row])
+
+    def packed_regions(self, row: int) -> Tensor:
+        """Packed regions of a row, uint8 [tokens, ceil(d / 4)], read from the memory-mapped shard."""
+        start = int(self._index["start"][row])
+        shard = self._shard(int(self._index["shard"][row]))
+        return shard.get_slice("codes")[start : start + self.tokens(row)]
+
+    @cached_property
+    def _index(self) -> dict[str, Tensor]:
+        return load_file(self.folder / ROWS)
+
+    def _shard(self, number: int) -> Any:
+        shards = self.__dict__.setdefault("_shards", {})
+        if number not in shards:
+            shards[number] = safe_open(self.folder / shard_name(number), framework="pt")
+        return shards[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the memory maps behind: a data loader worker opens its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_shards"}
+
+
+def verify_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Compare every file of an anchor with its hash, several at a time.
+
+    Raises:
+        CacheCorruptError: Naming the first file that is missing or differs.
+    """
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda name: _hash_or_reason(folder / name), files))
+    for (name, expected), actual in zip(files.items(), found, strict=True):
+        if Path(name).name != name or actual != expected:
+            raise _corrupt(folder / name, f"SHA-256 {expected}", actual)
+
+
+def _hash_or_reason(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        return f"{type(error).__name__}: {error.strerror}"
+
+
+def _corrupt(where: Path, expected: str, found: str) -> CacheCorruptError:
+    return CacheCorruptError(
+        "The bytes of the anchor are not those that were written.",
+        where=where,
+        expected=expected,
+        found=found,
+        fix="Restore the folder from a copy, or delete it and start again from the base model.",
+    )
+
+

@@ -1,0 +1,263 @@
+"""The replay set: general texts read from wherever they are, as rows of token ids."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gere.cache.files import canonical_json, make_folder, sha256, write_atomic
+from gere.cache.fingerprint import text_digest
+from gere.config import GeReConfig
+from gere.errors import ReplayDownloadError, ReplaySetError, TokenizerError
+
+HUB_DATASET, HUB_SIZE = "DKYoon/SlimPajama-6B", 1000
+SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+WAYS_ON = (
+    "Set gere_config.replay_dataset to a file (.jsonl, .json, .parquet, .txt), a datasets.Dataset or a list of "
+    "strings; or connect to the network once, after which the texts are kept beside the cache."
+)
+
+
+class ReplaySet(NamedTuple):
+    """Replay rows, ready to be batched.
+
+    Attributes:
+        rows: Token ids of each row.
+        pad_id: Id of the padding token.
+        fields: What the anchor has to depend on: `tokenizer`, `texts`, `max_length`, `input_ids`.
+    """
+
+    rows: list[list[int]]
+    pad_id: int
+    fields: dict[str, str]
+
+
+def load_replay_set(config: GeReConfig, tokenizer: Any, cache_folder: Path) -> ReplaySet:
+    """Read, tokenise and cut the replay set.
+
+    Args:
+        config: Source, size and length.
+        tokenizer: The user's tokenizer; a copy of it is used.
+        cache_folder: Where texts from the hub are kept.
+
+    Raises:
+        ReplaySetError: If the set is missing, empty, too short or has rows of no text or of one token.
+        ReplayDownloadError: If it is on the hub and cannot be fetched.
+        TokenizerError: If there is no tokenizer, or it lacks a token that is needed.
+    """
+    _require_tokenizer(config, tokenizer)
+    texts = load_texts(config, cache_folder)
+    rows = tokenize(texts, tokenizer, config)
+    fields = {
+        "tokenizer": tokenizer_digest(tokenizer),
+        "texts": text_digest(texts),
+        "max_length": f"{config.max_length} tokens, BOS {'as tokenizer' if config.add_bos is None else config.add_bos}",
+        "input_ids": text_digest(rows),
+    }
+    return ReplaySet(rows, tokenizer.pad_token_id, fields)
+
+
+def load_texts(config: GeReConfig, cache_folder: Path) -> list[str]:
+    """Read the texts of the replay set, whatever holds them.
+
+    Args:
+        config: Source and size.
+        cache_folder: Where texts from the hub are kept.
+
+    Raises:
+        ReplaySetError: If the set is missing, empty or too short, or a row has no text.
+        ReplayDownloadError: If it is on the hub and cannot be fetched.
+    """
+    source = HUB_DATASET if config.replay_dataset is None else config.replay_dataset
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if path.suffix in SUFFIXES or path.is_file():
+            texts = _read_file(path, config.replay_column)
+        else:
+            texts = _read_hub(str(source), config, cache_folder)
+    elif hasattr(source, "column_names"):
+        texts = _column(source, config.replay_column, "the datasets.Dataset")
+    elif isinstance(source, Sequence):
+        texts = list(source)
+    else:
+        raise ReplaySetError(
+            "The replay set cannot be read from this.",
+            where="gere_config.replay_dataset",
+            expected="a path, a hub name, a datasets.Dataset or a list of strings",
+            found=type(source).__name__,
+            fix=WAYS_ON,
+        )
+    return _checked(texts, config)
+
+
+def tokenize(texts: Sequence[str], tokenizer: Any, config: GeReConfig) -> list[list[int]]:
+    """Turn texts into rows of at most `max_length` token ids.
+
+    Raises:
+        ReplaySetError: If a row has fewer than two tokens, so that nothing can be predicted.
+    """
+    private = copy.deepcopy(tokenizer)  # a call changes the truncation state of a fast tokenizer
+    encoded = private(list(texts), add_special_tokens=config.add_bos is None, verbose=False)["input_ids"]
+    prefix = [tokenizer.bos_token_id] if config.add_bos else []
+    rows = [(prefix + list(ids))[: config.max_length] for ids in encoded]
+    short = [index for index, row in enumerate(rows) if len(row) < 2]
+    if short:
+        raise ReplaySetError(
+            "Rows of the replay set have fewer than two tokens, so there is nothing to predict in them.",
+            where=f"gere_config.replay_dataset, rows {_few(short)}",
+            expected="at least 2 tokens",
+            found=f"{len(short)} shorter rows of {len(rows)}",
+            fix="Drop these rows.",
+        )
+    return rows
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of the vocabulary and the special tokens."""
+    specials = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return sha256(canonical_json({"vocabulary": tokenizer.get_vocab(), "special": specials}))
+
+
+def _require_tokenizer(config: GeReConfig, tokenizer: Any) -> None:
+    if not hasattr(tokenizer, "get_vocab"):
+        raise TokenizerError(
+            "Replay needs a tokenizer.",
+            where="processing_class",
+            expected="the tokenizer of the model",
+            found=repr(tokenizer) if tokenizer is None else type(tokenizer).__name__,
+            fix="Pass processing_class=tokenizer.",
+        )
+    if tokenizer.pad_token_id is None:
+        raise TokenizerError(
+            "The tokenizer has no padding token, which batches of replay rows need.",
+            where="tokenizer.pad_token",
+            expected="a token",
+            found="None",
+            fix="Set tokenizer.pad_token = tokenizer.eos_token; padding is masked, so any token will do.",
+        )
+    if config.add_bos and tokenizer.bos_token_id is None:
+        raise TokenizerError(
+            "Replay rows shall begin with BOS, which the tokenizer does not have.",
+            where="gere_config.add_bos",
+            expected="a tokenizer with a bos_token",
+            found="None",
+            fix="Leave gere_config.add_bos out, or set tokenizer.bos_token.",
+        )
+
+
+def _read_file(path: Path, column: str) -> list[Any]:
+    try:
+        if path.suffix == ".parquet":
+            from datasets import Dataset
+
+            return _column(Dataset.from_parquet(str(path)), column, str(path))
+        content = path.read_text(encoding="utf-8")
+        if path.suffix == ".txt":
+            return [line for line in content.splitlines() if line.strip()]
+        records = json.loads(content) if path.suffix == ".json" else _json_lines(content)
+        if not isinstance(records, list):
+            raise ValueError(f"a JSON {type(records).__name__} where a list of texts or records is expected")
+    except (OSError, ValueError) as error:
+        raise ReplaySetError(
+            "The file of the replay set cannot be read.",
+            where=path,
+            expected="UTF-8 text: .jsonl or .json with texts or records, .parquet, or .txt with one text a line",
+            found=f"{type(error).__name__}: {error}",
+            fix="Correct the path or the file.",
+        ) from error
+    return [_text_of(record, column, f"{path}, record {index}") for index, record in enumerate(records)]
+
+
+def _json_lines(content: str) -> list[Any]:
+    return [json.loads(line) for line in content.split("\n") if line.strip()]
+
+
+def _text_of(record: Any, column: str, where: str) -> Any:
+    if not isinstance(record, dict):
+        return record
+    if column not in record:
+        raise _no_column(where, column, record)
+    return record[column]
+
+
+def _column(dataset: Any, column: str, where: str) -> list[Any]:
+    if column not in dataset.column_names:
+        raise _no_column(where, column, dataset.column_names)
+    return list(dataset[column])
+
+
+def _no_column(where: str, column: str, names: Iterable[str]) -> ReplaySetError:
+    return ReplaySetError(
+        "The replay set has no such column.",
+        where=where,
+        expected=f"column {column!r}",
+        found=", ".join(map(repr, names)) or "no columns",
+        fix="Set gere_config.replay_column to the column that holds the text.",
+    )
+
+
+def _read_hub(name: str, config: GeReConfig, cache_folder: Path) -> list[str]:
+    """Stream the first texts of a hub data set once, and keep them beside the cache."""
+    size = config.replay_size or HUB_SIZE
+    identity = {"name": name, "split": config.replay_split, "column": config.replay_column, "size": size}
+    kept = cache_folder / f"replay-{sha256(canonical_json(identity))[:16]}.jsonl"
+    if kept.is_file():
+        return [record["text"] for record in _json_lines(kept.read_text(encoding="utf-8"))]
+    texts = _stream(name, config, size)
+    make_folder(cache_folder)
+    lines = [json.dumps({"text": text, **identity}, ensure_ascii=False) for text in texts]
+    write_atomic(kept, ("\n".join(lines) + "\n").encode("utf-8", "surrogatepass"))
+    return texts
+
+
+def _stream(name: str, config: GeReConfig, size: int) -> list[str]:
+    from datasets import load_dataset
+
+    texts: list[str] = []
+    try:
+        for row, record in enumerate(load_dataset(name, split=config.replay_split, streaming=True)):
+            texts.append(_text_of(record, config.replay_column, f"{name}, record {row}"))
+            if len(texts) == size:
+                break
+    except ReplaySetError:
+        raise
+    except Exception as error:  # the hub's libraries raise many kinds, some of them bare
+        raise ReplayDownloadError(
+            "The replay set could not be fetched from the hub.",
+            where=f"{name}, split {config.replay_split!r}",
+            expected="a data set on the hub, or a folder that datasets.load_dataset reads",
+            found=f"{type(error).__name__}: {error}",
+            fix=WAYS_ON,
+        ) from error
+    return texts
+
+
+def _checked(texts: list[Any], config: GeReConfig) -> list[str]:
+    wanted = config.replay_size
+    if not texts or (wanted is not None and len(texts) < wanted):
+        raise ReplaySetError(
+            "The replay set is empty." if not texts else "The replay set is shorter than asked.",
+            where="gere_config.replay_dataset",
+            expected="at least 1 text" if wanted is None else f"{wanted} texts (gere_config.replay_size)",
+            found=f"{len(texts)} texts",
+            fix="Give more texts, or lower gere_config.replay_size.",
+        )
+    chosen = texts[:wanted]
+    bad = [index for index, text in enumerate(chosen) if not isinstance(text, str) or not text.strip()]
+    if bad:
+        raise ReplaySetError(
+            "Rows of the replay set have no text.",
+            where=f"gere_config.replay_dataset, rows {_few(bad)}",
+            expected="a string with something in it",
+            found=f"{len(bad)} such rows of {len(chosen)}, the first {chosen[bad[0]]!r}",
+            fix="Drop these rows.",
+        )
+    return chosen
+
+
+def _few(indices: Sequence[int]) -> str:
+    shown = ", ".join(map(str, indices[:10]))
+    return shown if len(indices) <= 10 else f"{shown} and {len(indices) - 10} more"

@@ -1,0 +1,219 @@
+"""What a run with replay holds between the trainer's events: settings, replay set, anchor, sums for the log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gere.cache import Anchor, BuildPlan, build_anchor, open_named, open_or_build
+from gere.cache.files import canonical_json, write_atomic
+from gere.cache.fingerprint import architecture_digest, weights_digest
+from gere.collator import MixedCollator
+from gere.config import GeReConfig, parse_replay_per_batch, parse_weight
+from gere.errors import CacheCorruptError, CacheMissingError
+from gere.meters import Meters
+from gere.objective import BaseModel, ReplayObjective, StepShare
+from gere.replay import ReplaySet, load_replay_set
+from gere.states import StateReader
+
+ANCHOR_FILE = "gere_anchor.json"
+
+
+class ReadyModel(NamedTuple):
+    """The model as the trainer prepared it.
+
+    Attributes:
+        wrapped: What training calls.
+        inner: The same without its distributed wrapper.
+        device: Where it is.
+        autocast: Makes the context in which training computes.
+        precision: Mixed precision of training, such as `"no"` or `"bf16"`.
+    """
+
+    wrapped: nn.Module
+    inner: nn.Module
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[Any]]
+    precision: str
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter is trained, so that the base model is still there."""
+        return hasattr(self.inner, "disable_adapter")
+
+
+class ReplayRun:
+    """Replay of one trainer.
+
+    Args:
+        saving_dir: Cache folder.
+        reuse: Open an anchor that is there.
+        replay_per_batch: Replay rows in each optimizer step, 0 or `None` for no batch insertion.
+        w_strategy: Weight of the distance.
+        config: All other settings.
+
+    Attributes:
+        active: Whether there is replay at all.
+        anchor: The anchor, from the first training step on.
+        checkpoint: The checkpoint that training resumes from.
+        share: Rows of the optimizer step at hand.
+        meters: Sums for the log.
+    """
+
+    def __init__(
+        self,
+        saving_dir: str | Path,
+        reuse: bool,
+        replay_per_batch: int | None,
+        w_strategy: float | str,
+        config: GeReConfig | None,
+    ) -> None:
+        self.folder = Path(saving_dir)
+        self.reuse = reuse
+        self.replay_per_batch = parse_replay_per_batch(replay_per_batch)
+        self.w_strategy = parse_weight(w_strategy)
+        self.config = config or GeReConfig()
+        self.active = self.config.replay_strategy != "none"
+        self.anchor: Anchor | None = None
+        self.checkpoint: Path | None = None
+        self.share = StepShare(1, 0, 1, None)
+        self.meters = Meters()
+        self._replay_set: ReplaySet | None = None
+        self._collator: MixedCollator | None = None
+        self._objective: ReplayObjective | None = None
+        self._reader: StateReader | None = None
+
+    def replay_set(self, tokenizer: Any) -> ReplaySet:
+        """The replay set, read once."""
+        if self._replay_set is None:
+            self._replay_set = load_replay_set(self.config, tokenizer, self.folder)
+        return self._replay_set
+
+    def collator(self, task_collator: Any, tokenizer: Any) -> MixedCollator:
+        """Collator of mixed batches; it knows the anchor as soon as that is open."""
+        replay = self.replay_set(tokenizer)
+        self._collator = MixedCollator(task_collator, replay.rows, replay.pad_id)
+        self._collator.anchor = self.anchor
+        return self._collator
+
+    def prepare(self, model: ReadyModel, tokenizer: Any, *, resumed: bool, progress: bool) -> None:
+        """Open or build the anchor.
+
+        A second `train()` of the same trainer keeps the anchor of the first, since the weights have moved.
+
+        Args:
+            model: The model that is about to be trained.
+            tokenizer: The user's tokenizer.
+            resumed: Whether the weights come from a checkpoint.
+            progress: Show a progress bar.
+
+        Raises:
+            CacheError: If the anchor is missing, damaged, or belongs to something else.
+        """
+        replay = self.replay_set(tokenizer)
+        if self.anchor is None:
+            self.anchor = self._resolve(model, replay, resumed, progress)
+        self._objective = ReplayObjective(self.w_strategy, self.config.normalization, self.anchor)
+        self._reader = StateReader(model.inner)
+        if self._collator is not None:
+            self._collator.anchor = self.anchor
+
+    def begin_step(self, task_rows: int, replay_rows: int, ranks: int, divisor: int | None) -> None:
+        """Note the rows of the optimizer step that follows; see `StepShare`."""
+        self.share = StepShare(task_rows, replay_rows, ranks, divisor)
+        if task_rows:
+            self.meters.step()
+
+    def task_part(self, loss: Tensor, rows: int) -> Tensor:
+        """Weigh the parent's loss of a micro-batch."""
+        self.meters.add({"task_loss": loss * self.share.logged_factor(rows)})
+        return loss * self.share.task_factor(rows)
+
+    def replay_part(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Weighed sum of the replay losses of a micro-batch."""
+        if self._objective is None or self._reader is None:
+            raise RuntimeError("a replay batch came before on_train_begin")
+        loss, sums = self._objective(model, self._reader, batch)
+        self.meters.add(sums)
+        return loss * self.share.replay_factor
+
+    def name_anchor(self, folder: Path) -> None:
+        """Write the key of the anchor beside a saved model."""
+        if self.anchor is not None:
+            write_atomic(folder / ANCHOR_FILE, canonical_json({"format_version": 1, "anchor": self.anchor.key}))
+
+    def _resolve(self, model: ReadyModel, replay: ReplaySet, resumed: bool, progress: bool) -> Anchor:
+        key = self._named_key(model, resumed)
+        fields = self._fields(model, replay, weights_moved=key is not None and not model.adapted)
+        if key is not None:
+            return open_named(self.folder, key, fields)
+        if resumed:
+            raise CacheMissingError(
+                "Training resumes from a checkpoint that names no anchor, and its model cannot be anchored any more.",
+                where=self.checkpoint,
+                expected=f"{ANCHOR_FILE}, which GeReTrainer writes into every checkpoint",
+                found="a checkpoint of another trainer, or of GeReTrainer without replay",
+                fix="Start from the base model, or set gere_config.anchor to the key of its anchor.",
+            )
+
+        def build(folder: Path) -> None:
+            base = BaseModel(model.wrapped, model.inner, replay.pad_id, model.device, model.autocast)
+            build_anchor(folder, self._plan(fields, replay), base, progress=progress)
+
+        return open_or_build(self.folder, fields, build, reuse=self.reuse)
+
+    def _plan(self, fields: Mapping[str, str], replay: ReplaySet) -> BuildPlan:
+        return BuildPlan(
+            fields=fields,
+            rows=replay.rows,
+            keep_regions=self.config.replay_strategy == "tm",
+            band_width=self.config.band_width,
+            std_floor=self.config.std_floor,
+            batch_tokens=self.config.anchor_batch_tokens,
+        )
+
+    def _named_key(self, model: ReadyModel, resumed: bool) -> str | None:
+        """Key that the user, the checkpoint or the folder of the loaded model names."""
+        if self.config.anchor != "auto":
+            return self.config.anchor
+        if resumed:
+            return _read_key(self.checkpoint)
+        loaded_from = getattr(getattr(model.inner, "config", None), "_name_or_path", "")
+        return _read_key(Path(loaded_from)) if loaded_from and self.reuse and not model.adapted else None
+
+    def _fields(self, model: ReadyModel, replay: ReplaySet, *, weights_moved: bool) -> dict[str, str]:
+        """What the anchor depends on, in the order in which a difference is reported."""
+        bands = f"mean +- {self.config.band_width:g} std, floor {self.config.std_floor:g}"
+        weights = {} if weights_moved else {"weights": weights_digest(model.inner)}
+        kept = {"tm": "regions of the last layer", "ce": "losses only"}[self.config.replay_strategy]
+        return {
+            "strategy": kept,
+            "architecture": architecture_digest(model.inner),
+            **weights,
+            **replay.fields,
+            **({"bands": bands} if self.config.replay_strategy == "tm" else {}),
+            "dtype": f"{getattr(model.inner, 'dtype', None)} weights, mixed precision {model.precision}",
+        }
+
+
+def _read_key(folder: Path | None) -> str | None:
+    """Key in the anchor file of a checkpoint or model folder; `None` if there is no such file."""
+    path = folder / ANCHOR_FILE if folder is not None else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["anchor"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheCorruptError(
+            "The file that names the anchor cannot be read.",
+            where=path,
+            expected='a JSON object with the key "anchor"',
+            found=f"{type(error).__name__}: {error}",
+            fix="Restore the file, or set gere_config.anchor to the key of the anchor.",
+        ) from error

@@ -1,0 +1,201 @@
+"""Which row comes next: a pure function of (seed, epoch, geometry)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import RandomSampler, Sampler
+
+from gere.errors import ConfigError
+
+_TASK, _REPLAY, _MIXED = 0, 1, 2  # streams of random numbers that never meet
+_WORD = 2**64 - 1
+
+
+def parent_order(sampler: Any, seed: int) -> Callable[[int], list[int]] | None:
+    """Order of the task rows that a parent's sampler gives, as a function of the epoch.
+
+    Args:
+        sampler: A sampler with a length. A generator that it has, or could have, is seeded by (seed, epoch).
+        seed: Seed of the order.
+
+    Returns:
+        `None` for an ordinary random sampler, whose order is a permutation like any other.
+    """
+    whole = isinstance(sampler, RandomSampler) and not sampler.replacement
+    if whole and len(sampler) == len(sampler.data_source):
+        return None
+
+    def order(epoch: int) -> list[int]:
+        if hasattr(sampler, "generator"):
+            words = np.random.SeedSequence([part & _WORD for part in (seed, _TASK, epoch)]).generate_state(1, np.uint64)
+            sampler.generator = torch.Generator().manual_seed(int(words[0]) >> 1)
+        if callable(getattr(sampler, "set_epoch", None)):
+            sampler.set_epoch(epoch)
+        return [int(index) for index in sampler]
+
+    return order
+
+
+class BatchInsertionSampler(Sampler[int]):
+    """Put a fixed number of replay rows into every optimizer step.
+
+    Task row i comes as i, replay row j as `num_task + j`. Every block of `batch_size` indices is one optimizer step.
+    Each epoch has every task row once; the last block is filled by wrapping round to the epoch's first rows. Replay
+    rows run through whole permutations of the replay set, one after another, across the epochs. Replay rows fill
+    whole micro-steps from the end of the block; what is left of them goes into one mixed micro-step, spread over the
+    ranks. With `replay_per_batch=0` all replay rows are shuffled into the epoch once.
+
+    A plain `Sampler`, because accelerate replaces every `RandomSampler`; no attribute is called `generator`, which
+    accelerate would seed.
+
+    Args:
+        num_task: Task rows.
+        num_replay: Replay rows.
+        batch_size: Rows of one optimizer step over all ranks and accumulation steps.
+        replay_per_batch: Replay rows among them, 0 for no batch insertion.
+        seed: Seed of every order.
+        epoch: Epoch that the next iteration gives.
+        micro_batch_size: Rows of one forward pass on one rank; `None` if a step is one forward pass on each rank.
+        world_size: Number of ranks; position p of a micro-step belongs to rank `p // micro_batch_size`.
+        task_order: Order of the task rows in an epoch, `epoch -> indices`; `None` for a permutation by seed.
+        tasks_per_epoch: Rows that `task_order` gives; `None` for `num_task`.
+
+    Raises:
+        ConfigError: If the geometry cannot hold the rows.
+
+    Example:
+        >>> sampler = BatchInsertionSampler(10, 4, batch_size=6, replay_per_batch=1)
+        >>> len(sampler), sum(index >= 10 for index in sampler)
+        (12, 2)
+    """
+
+    def __init__(
+        self,
+        num_task: int,
+        num_replay: int,
+        *,
+        batch_size: int,
+        replay_per_batch: int,
+        seed: int = 0,
+        epoch: int = 0,
+        micro_batch_size: int | None = None,
+        world_size: int = 1,
+        task_order: Callable[[int], Sequence[int]] | None = None,
+        tasks_per_epoch: int | None = None,
+    ) -> None:
+        self.num_task = num_task
+        self.num_replay = num_replay
+        self.batch_size = batch_size
+        self.replay_per_batch = replay_per_batch
+        self.seed = seed
+        self.epoch = epoch
+        self.world_size = world_size
+        self.micro_batch_size = batch_size // max(1, world_size) if micro_batch_size is None else micro_batch_size
+        self.task_order = task_order
+        self.tasks_per_epoch = num_task if tasks_per_epoch is None else tasks_per_epoch
+        self._check()
+
+    @property
+    def blocks_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        if self.replay_per_batch:
+            return -(-self.tasks_per_epoch // (self.batch_size - self.replay_per_batch))
+        return -(-(self.tasks_per_epoch + self.num_replay) // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Exactly the number of indices that an iteration yields."""
+        return self.blocks_per_epoch * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the flat indices of the current epoch."""
+        blocks = self._inserted_blocks() if self.replay_per_batch else self._shuffled_blocks()
+        for task_rows, replay_rows in blocks:
+            yield from self._place(task_rows, replay_rows)
+
+    def _inserted_blocks(self) -> Iterator[tuple[list[int], list[int]]]:
+        replay_rows = self.replay_per_batch
+        task_rows = self.batch_size - replay_rows
+        tasks = itertools.cycle(self._task_indices())
+        replay = self._replay_stream(self.epoch * self.blocks_per_epoch * replay_rows)
+        for _ in range(self.blocks_per_epoch):
+            yield list(itertools.islice(tasks, task_rows)), list(itertools.islice(replay, replay_rows))
+
+    def _shuffled_blocks(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Deal the epoch's replay rows over its positions; tasks keep their own order in the other positions."""
+        tasks = itertools.cycle(self._task_indices())
+        total = self.tasks_per_epoch + self.num_replay
+        kinds = _permutation((self.seed, _MIXED, self.epoch), total) >= self.tasks_per_epoch
+        replay = iter(_permutation((self.seed, _REPLAY, self.epoch), self.num_replay) + self.num_task)
+        for start in range(0, len(self), self.batch_size):
+            count = int(kinds[start : start + self.batch_size].sum())
+            rows = [int(index) for index in itertools.islice(replay, count)]
+            yield list(itertools.islice(tasks, self.batch_size - count)), rows
+
+    def _task_indices(self) -> list[int]:
+        if self.task_order is not None:
+            return [int(index) for index in self.task_order(self.epoch)]
+        return _permutation((self.seed, _TASK, self.epoch), self.num_task).tolist()
+
+    def _replay_stream(self, start: int) -> Iterator[int]:
+        """Replay indices from position `start` of the endless sequence of permutations."""
+        for number in itertools.count(start // self.num_replay):
+            order = _permutation((self.seed, _REPLAY, number), self.num_replay)
+            skip = start % self.num_replay if number == start // self.num_replay else 0
+            yield from (int(index) + self.num_task for index in order[skip:])
+
+    def _place(self, task_rows: list[int], replay_rows: list[int]) -> list[int]:
+        """Order one block so that at most one micro-step holds both kinds."""
+        width = self.micro_batch_size * self.world_size
+        mixed = len(replay_rows) % width
+        if not mixed:
+            return task_rows + replay_rows
+        pure_tasks = len(task_rows) // width * width
+        block = task_rows[:pure_tasks]
+        tasks, replay = iter(task_rows[pure_tasks:]), iter(replay_rows)
+        for rank in range(self.world_size):
+            share = mixed // self.world_size + (rank < mixed % self.world_size)
+            block += itertools.islice(tasks, self.micro_batch_size - share)
+            block += itertools.islice(replay, share)
+        return block + list(replay)
+
+    def _check(self) -> None:
+        width = self.micro_batch_size * self.world_size
+        problems = (
+            (self.tasks_per_epoch < 1, "train_dataset", "at least 1 task row", self.tasks_per_epoch),
+            (
+                self.num_replay < min(1, self.replay_per_batch),
+                "num_replay",
+                "at least 1 replay row to insert",
+                self.num_replay,
+            ),
+            (width < 1, "micro_batch_size", "at least 1 row and 1 rank", width),
+            (
+                width > 0 and self.batch_size % width > 0 or self.batch_size < 1,
+                "batch_size",
+                f"a multiple of {width} (micro-batch x ranks)",
+                self.batch_size,
+            ),
+            (
+                not 0 <= self.replay_per_batch < self.batch_size,
+                "num_interpolate_per_batch",
+                f"from 0 to {self.batch_size - 1}, since an optimizer step has {self.batch_size} rows",
+                self.replay_per_batch,
+            ),
+        )
+        for wrong, where, expected, found in problems:
+            if wrong:
+                fix = "Raise per_device_train_batch_size or gradient_accumulation_steps, or lower the replay rows."
+                raise ConfigError("The batch geometry is impossible.", where=where, expected=expected, found=found, fix=fix)
+
+
+def _permutation(key: tuple[int, int, int], size: int) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence([part & _WORD for part in key])).permutation(size)

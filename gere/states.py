@@ -1,0 +1,109 @@
+"""The last-layer state of a decoder-only language model: where it is, and how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from gere.errors import UnsupportedModelError
+
+
+def refuse_encoder_decoder(model: nn.Module) -> None:
+    """Refuse models for which the replay of plain text is not defined.
+
+    Raises:
+        UnsupportedModelError: If the model is an encoder-decoder.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            "Replay needs a decoder-only language model.",
+            where=type(model).__name__,
+            expected="config.is_encoder_decoder = False",
+            found="an encoder-decoder model",
+            fix="Train a causal language model, or use the plain Trainer for this one.",
+        )
+
+
+def base_module(model: nn.Module) -> nn.Module:
+    """Return the causal language model inside wrappers such as PEFT.
+
+    Args:
+        model: A model without its distributed wrapper.
+    """
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Find the module whose output is the state that the head reads.
+
+    Args:
+        model: A causal language model, possibly inside PEFT, without its distributed wrapper.
+
+    Returns:
+        The decoder module.
+
+    Raises:
+        UnsupportedModelError: If there is none beside the model itself.
+    """
+    causal = base_module(model)
+    candidates = []
+    if callable(getattr(causal, "get_decoder", None)):
+        candidates.append(causal.get_decoder())  # type: ignore[operator]
+    candidates.append(getattr(causal, "base_model", None))
+    for candidate in candidates:
+        if isinstance(candidate, nn.Module) and candidate is not causal:
+            return candidate
+    raise UnsupportedModelError(
+        "The decoder of the model cannot be found.",
+        where=type(causal).__name__,
+        expected="get_decoder() or base_model to name a module inside the model",
+        fix="Use a Hugging Face causal language model.",
+    )
+
+
+class StateReader:
+    """Reads the last-layer state by a forward hook while the full wrapped model is called.
+
+    A hook on the decoder fires under PEFT, DDP, gradient checkpointing and fused heads, where a hook on the head does
+    not, and keeps the graph.
+
+    Args:
+        model: The model without its distributed wrapper.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._decoder = decoder_of(model)
+        self._state: Tensor | None = None
+
+    @contextmanager
+    def reading(self) -> Iterator[StateReader]:
+        """Capture the state of the forward pass inside the `with` block."""
+        handle = self._decoder.register_forward_hook(self._keep)
+        try:
+            yield self
+        finally:
+            handle.remove()
+            self._state = None
+
+    @property
+    def state(self) -> Tensor:
+        """The state of the last forward pass, shape [b, t, d].
+
+        Raises:
+            UnsupportedModelError: If the decoder was not called.
+        """
+        if self._state is None:
+            raise UnsupportedModelError(
+                "The model gave no last-layer state.",
+                where=type(self._decoder).__name__,
+                expected="the forward pass to call this module",
+                fix="Use a Hugging Face causal language model; nn.DataParallel is not supported.",
+            )
+        return self._state
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._state = output[0] if isinstance(output, tuple) else output.last_hidden_state

@@ -1,0 +1,208 @@
+"""`GeReTrainer`: wires replay into the hooks of `Trainer`, and computes nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from gere import _compat
+from gere.callbacks import AnchorCallback
+from gere.collator import REPLAY, ROWS, TASK, MixedDataset
+from gere.config import GeReConfig
+from gere.objective import StepShare
+from gere.run import ReadyModel, ReplayRun
+from gere.sampler import BatchInsertionSampler, parent_order
+from gere.states import refuse_encoder_decoder
+
+if TYPE_CHECKING:
+    _Parent = Trainer
+else:
+    _Parent = object
+
+
+class GeReMixin(_Parent):
+    """Replay of general texts for any `Trainer` class; stands before it in the bases.
+
+    Args:
+        *args: Arguments of the parent trainer.
+        gere_hidden_state_saving_dir: Folder of the anchor, the base model's regions and losses on the replay set.
+        reuse_gere_hidden_state: Open an anchor that is there; `False` builds it anew.
+        num_interpolate_per_batch: Replay rows in each optimizer step over all ranks. `None` or 0 for no batch
+            insertion: the replay set is shuffled into each epoch once.
+        w_strategy: Weight of the margin loss, a number (or its string), or `"dy"` to follow the cross-entropy.
+        gere_config: All other settings.
+        **kwargs: Keyword arguments of the parent trainer; `tokenizer=` is taken as `processing_class=`.
+
+    Raises:
+        ConfigError: If an argument cannot be used.
+        UnsupportedModelError: If the model is an encoder-decoder.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        gere_hidden_state_saving_dir: str | Path = "./gere_saving",
+        reuse_gere_hidden_state: bool = True,
+        num_interpolate_per_batch: int | None = None,
+        w_strategy: float | str = "100",
+        gere_config: GeReConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._gere = ReplayRun(
+            gere_hidden_state_saving_dir, reuse_gere_hidden_state, num_interpolate_per_batch, w_strategy, gere_config
+        )
+        super().__init__(*args, **_compat.with_processing_class(super().__init__, kwargs))
+        if self._gere.active:
+            refuse_encoder_decoder(self.model)
+            self.add_callback(AnchorCallback(self._gere_prepare))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the parent does; a checkpoint names the anchor of its run."""
+        named = resume_from_checkpoint
+        checkpoint = get_last_checkpoint(str(self.args.output_dir)) if named is True else named
+        self._gere.checkpoint = Path(checkpoint) if checkpoint else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """Data loader of the parent over task rows and replay rows."""
+        if not self._gere.active or self.train_dataset is None:
+            return super().get_train_dataloader()
+        _compat.refuse_settings(self)
+        task, collator = _compat.without_unused_columns(self)
+        with self.accelerator.main_process_first():
+            replay = self._gere.replay_set(self.processing_class)
+        mixed = MixedDataset(task, len(replay.rows))
+        with self._gere_data(mixed, self._gere.collator(collator, self.processing_class)):
+            return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, MixedDataset):
+            return super()._get_train_sampler(*(() if train_dataset is None else (train_dataset,)))
+        with self._gere_data(dataset.task, self.data_collator):
+            parent = _compat.require_row_sampler(super()._get_train_sampler(dataset.task))
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        ranks = _compat.data_parallel_size(self)
+        sampler = BatchInsertionSampler(
+            dataset.num_task,
+            dataset.num_replay,
+            batch_size=self._train_batch_size * ranks * self.args.gradient_accumulation_steps,
+            replay_per_batch=self._gere.replay_per_batch,
+            seed=seed,
+            micro_batch_size=self._train_batch_size,
+            world_size=ranks,
+            task_order=parent_order(parent, seed),
+            tasks_per_epoch=len(parent),
+        )
+        return _EpochOfTrainer(sampler, self)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
+        """Collect the micro-batches of one optimizer step, and let the parent count the tokens of the task rows."""
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
+        if samples and ROWS in samples[0]:
+            tasks = [sample[TASK] for sample in samples if TASK in sample]
+            _, items = super().get_batch_samples(iter(tasks), len(tasks), *args, **kwargs)
+            rows = [sum(counts) for counts in zip(*(sample[ROWS] for sample in samples), strict=True)]
+            divisor = len(samples) if _compat.divides_by_accumulation(self, items) else None
+            self._gere.begin_step(*_compat.over_ranks(self, rows), _compat.data_parallel_size(self), divisor)
+        return samples, items
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
+        """Loss of the parent for a plain batch; for a mixed one, its parts with their shares of the step."""
+        if ROWS not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+        loss, outputs = 0.0, None
+        if TASK in inputs:
+            loss = super().compute_loss(model, dict(inputs[TASK]), return_outputs, *args, **kwargs)
+            loss, outputs = loss if return_outputs else (loss, None)
+            loss = self._gere.task_part(loss, inputs[ROWS][0])
+        if REPLAY in inputs:
+            loss = loss + self._gere.replay_part(model, inputs[REPLAY])
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as the parent does, with the averages of the replay since the last log."""
+        if self._gere.active and "loss" in logs:
+            join = lambda sums: self.accelerator.reduce(sums, reduction="mean")  # noqa: E731
+            logs = {**logs, **self._gere.meters.read(join, self.args.device)}
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Save as the parent does, with the key of the anchor."""
+        super().save_model(output_dir, *args, **kwargs)
+        if self.args.should_save:
+            self._gere.name_anchor(Path(output_dir or str(self.args.output_dir)))
+
+    def _gere_prepare(self, resumed: bool) -> None:
+        model = ReadyModel(
+            wrapped=self.model_wrapped,
+            inner=self.accelerator.unwrap_model(self.model_wrapped),
+            device=self.args.device,
+            autocast=self.accelerator.autocast,
+            precision=str(self.accelerator.mixed_precision),
+        )
+        show = self.is_local_process_zero() and not self.args.disable_tqdm
+        with self.accelerator.main_process_first():
+            self._gere.prepare(model, self.processing_class, resumed=resumed, progress=show)
+
+    @contextmanager
+    def _gere_data(self, dataset: Any, collator: Any) -> Iterator[None]:
+        """Show the parent another training set and collator for a moment; the user's stay as they are."""
+        kept = self.train_dataset, self.data_collator
+        self.train_dataset, self.data_collator = dataset, collator
+        try:
+            yield
+        finally:
+            self.train_dataset, self.data_collator = kept
+
+
+class _EpochOfTrainer(Sampler[int]):
+    """Reads the epoch from the trainer's state, since `set_epoch` does not arrive in several version pairs."""
+
+    def __init__(self, sampler: BatchInsertionSampler, trainer: Trainer) -> None:
+        self.sampler = sampler
+        self._trainer = trainer
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.set_epoch(int(self._trainer.state.epoch or 0))
+        return iter(self.sampler)
+
+
+class GeReTrainer(GeReMixin, Trainer):
+    """`transformers.Trainer` that keeps the model's general ability by replay.
+
+    Takes every argument of `Trainer`, positional or by keyword, and those of `GeReMixin`.
+
+    Example:
+        >>> trainer = GeReTrainer(  # doctest: +SKIP
+        ...     model=model, args=args, train_dataset=train, data_collator=collator, processing_class=tokenizer,
+        ...     gere_hidden_state_saving_dir="./gere_saving", num_interpolate_per_batch=4, w_strategy="dy",
+        ... )
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+
+class GeReSeq2SeqTrainer(GeReMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with replay, for its generation in evaluation; the model is decoder-only."""
+
+
+def gere_trainer(base: type[Trainer]) -> type[Trainer]:
+    """Make a trainer class with replay from any `Trainer` subclass.
+
+    Args:
+        base: The class, such as TRL's `SFTTrainer` or your own.
+
+    Returns:
+        A subclass that also takes the arguments of `GeReMixin`.
+    """
+    return type(f"GeRe{base.__name__}", (GeReMixin, base), {"__module__": __name__, "__doc__": GeReMixin.__doc__})

@@ -171,8 +171,10 @@ def main() -> None:
         seconds = trainer.train().metrics["train_runtime"]
         rows.append((name, trainer.evaluate()["eval_loss"], general(trainer.model), seconds))
     shown = f"{options.steps} steps of {options.batch_size} rows, learning rate {options.learning_rate:g}"
-    print(f"\n{Path(options.model).name}: {shown}, {len(train)} task rows; GeReTrainer replays "
-          f"{options.replay_per_batch} of {len(replay)} general texts a step, w_strategy {options.w_strategy}\n")
+    print(
+        f"\n{Path(options.model).name}: {shown}, {len(train)} task rows; GeReTrainer replays "
+        f"{options.replay_per_batch} of {len(replay)} general texts a step, w_strategy {options.w_strategy}\n"
+    )
     print(table(rows, before))
     print("\nforgetting = loss on held-out general text after training - before")
 

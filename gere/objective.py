@@ -32,7 +32,9 @@ class ReplayObjective:
         self.normalization = normalization
         self._bands = anchor.bands if anchor.dim else None
 
-    def __call__(self, model: nn.Module, reader: StateReader, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, model: nn.Module, reader: StateReader, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the model on replay rows.
 
         Args:
@@ -122,7 +124,7 @@ class BaseModel:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._model = model
-        self._inner = inner
+        self._inner: Any = inner
         self._pad_id = pad_id
         self._device = device
         self._autocast = autocast
@@ -172,7 +174,7 @@ class BaseModel:
 
     def _plain_head(self, state: Tensor, logits: Tensor, ids: Tensor, mask: Tensor) -> nn.Module | None:
         """The head, if the logits are its output unchanged (no soft cap, no scale) and can be left out."""
-        head = getattr(self._inner, "get_output_embeddings", lambda: None)()
+        head = self._inner.get_output_embeddings() if hasattr(self._inner, "get_output_embeddings") else None
         if head is None or head(state).shape != logits.shape or not torch.equal(head(state).to(logits), logits):
             return None
         try:

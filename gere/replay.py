@@ -54,7 +54,7 @@ def load_replay_set(config: GeReConfig, tokenizer: Any, cache_folder: Path) -> R
     fields = {
         "tokenizer": tokenizer_digest(tokenizer),
         "texts": text_digest(texts),
-        "max_length": f"{config.max_length} tokens, BOS {'as tokenizer' if config.add_bos is None else config.add_bos}",
+        "max_length": f"{config.max_length} tokens, add_bos {config.add_bos}",
         "input_ids": text_digest(rows),
     }
     return ReplaySet(rows, tokenizer.pad_token_id, fields)

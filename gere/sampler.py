@@ -32,7 +32,9 @@ def parent_order(sampler: Any, seed: int) -> Callable[[int], list[int]] | None:
 
     def order(epoch: int) -> list[int]:
         if hasattr(sampler, "generator"):
-            words = np.random.SeedSequence([part & _WORD for part in (seed, _TASK, epoch)]).generate_state(1, np.uint64)
+            words = np.random.SeedSequence([part & _WORD for part in (seed, _TASK, epoch)]).generate_state(
+                1, np.uint64
+            )
             sampler.generator = torch.Generator().manual_seed(int(words[0]) >> 1)
         if callable(getattr(sampler, "set_epoch", None)):
             sampler.set_epoch(epoch)
@@ -143,7 +145,7 @@ class BatchInsertionSampler(Sampler[int]):
     def _task_indices(self) -> list[int]:
         if self.task_order is not None:
             return [int(index) for index in self.task_order(self.epoch)]
-        return _permutation((self.seed, _TASK, self.epoch), self.num_task).tolist()
+        return [int(index) for index in _permutation((self.seed, _TASK, self.epoch), self.num_task)]
 
     def _replay_stream(self, start: int) -> Iterator[int]:
         """Replay indices from position `start` of the endless sequence of permutations."""
@@ -169,32 +171,25 @@ class BatchInsertionSampler(Sampler[int]):
 
     def _check(self) -> None:
         width = self.micro_batch_size * self.world_size
-        problems = (
-            (self.tasks_per_epoch < 1, "train_dataset", "at least 1 task row", self.tasks_per_epoch),
-            (
-                self.num_replay < min(1, self.replay_per_batch),
-                "num_replay",
-                "at least 1 replay row to insert",
-                self.num_replay,
-            ),
-            (width < 1, "micro_batch_size", "at least 1 row and 1 rank", width),
-            (
-                width > 0 and self.batch_size % width > 0 or self.batch_size < 1,
-                "batch_size",
-                f"a multiple of {width} (micro-batch x ranks)",
-                self.batch_size,
-            ),
-            (
-                not 0 <= self.replay_per_batch < self.batch_size,
-                "num_interpolate_per_batch",
-                f"from 0 to {self.batch_size - 1}, since an optimizer step has {self.batch_size} rows",
-                self.replay_per_batch,
-            ),
+        fits = width > 0 and self.batch_size > 0 and self.batch_size % width == 0
+        least = min(1, self.replay_per_batch)
+        most = self.batch_size - 1
+        _require(self.tasks_per_epoch > 0, "train_dataset", "at least 1 task row", self.tasks_per_epoch)
+        _require(fits, "batch_size", f"a multiple of {width} rows (micro-batch x ranks), at least 1", self.batch_size)
+        _require(self.num_replay >= least, "num_replay", f"at least {least} replay rows", self.num_replay)
+        fewer = f"from 0 to {most}, since an optimizer step has {self.batch_size} rows"
+        _require(0 <= self.replay_per_batch <= most, "num_interpolate_per_batch", fewer, self.replay_per_batch)
+
+
+def _require(ok: bool, where: str, expected: str, found: int) -> None:
+    if not ok:
+        raise ConfigError(
+            "The rows do not fit into the batches.",
+            where=where,
+            expected=expected,
+            found=found,
+            fix="Raise per_device_train_batch_size or gradient_accumulation_steps, or lower the replay rows.",
         )
-        for wrong, where, expected, found in problems:
-            if wrong:
-                fix = "Raise per_device_train_batch_size or gradient_accumulation_steps, or lower the replay rows."
-                raise ConfigError("The batch geometry is impossible.", where=where, expected=expected, found=found, fix=fix)
 
 
 def _permutation(key: tuple[int, int, int], size: int) -> np.ndarray:

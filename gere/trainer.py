@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import get_last_checkpoint
@@ -16,13 +15,12 @@ from gere import _compat
 from gere.callbacks import AnchorCallback
 from gere.collator import REPLAY, ROWS, TASK, MixedDataset
 from gere.config import GeReConfig
-from gere.objective import StepShare
 from gere.run import ReadyModel, ReplayRun
 from gere.sampler import BatchInsertionSampler, parent_order
 from gere.states import refuse_encoder_decoder
 
 if TYPE_CHECKING:
-    _Parent = Trainer
+    from transformers import Trainer as _Parent
 else:
     _Parent = object
 
@@ -44,6 +42,10 @@ class GeReMixin(_Parent):
         ConfigError: If an argument cannot be used.
         UnsupportedModelError: If the model is an encoder-decoder.
     """
+
+    if TYPE_CHECKING:
+        train_dataset: Any
+        data_collator: Any
 
     def __init__(
         self,
@@ -111,20 +113,22 @@ class GeReMixin(_Parent):
             _, items = super().get_batch_samples(iter(tasks), len(tasks), *args, **kwargs)
             rows = [sum(counts) for counts in zip(*(sample[ROWS] for sample in samples), strict=True)]
             divisor = len(samples) if _compat.divides_by_accumulation(self, items) else None
-            self._gere.begin_step(*_compat.over_ranks(self, rows), _compat.data_parallel_size(self), divisor)
+            task_rows, replay_rows = _compat.over_ranks(self, rows)
+            self._gere.begin_step(task_rows, replay_rows, _compat.data_parallel_size(self), divisor)
         return samples, items
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
         """Loss of the parent for a plain batch; for a mixed one, its parts with their shares of the step."""
         if ROWS not in inputs:
             return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
-        loss, outputs = 0.0, None
+        parts, outputs = [], None
         if TASK in inputs:
-            loss = super().compute_loss(model, dict(inputs[TASK]), return_outputs, *args, **kwargs)
-            loss, outputs = loss if return_outputs else (loss, None)
-            loss = self._gere.task_part(loss, inputs[ROWS][0])
+            task_loss = super().compute_loss(model, dict(inputs[TASK]), return_outputs, *args, **kwargs)
+            task_loss, outputs = task_loss if return_outputs else (task_loss, None)
+            parts.append(self._gere.task_part(task_loss, inputs[ROWS][0]))
         if REPLAY in inputs:
-            loss = loss + self._gere.replay_part(model, inputs[REPLAY])
+            parts.append(self._gere.replay_part(model, inputs[REPLAY]))
+        loss = sum(parts[1:], parts[0])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

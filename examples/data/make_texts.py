@@ -14,7 +14,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 GENERAL, HELDOUT, TASK = 240, 48, 320
 
-PLACES = "the old mill,the harbour,a narrow valley,the north gate,our village,the long bridge,the orchard,a quiet square"
+PLACES = (
+    "the old mill,the harbour,a narrow valley,the north gate,our village,the long bridge,the orchard,a quiet square"
+)
 PEOPLE = "Martha,the miller,a young doctor,my grandfather,the ferryman,Anna and Paul,the teacher,a travelling painter"
 TIMES = "In early spring,Before sunrise,On the last day of the year,After the rain,Late in the evening,Every Tuesday"
 TOPICS = (
@@ -65,7 +67,9 @@ TOPICS = (
         "start:in spring,at once,with a smaller plan",
     ),
 )
-PRAISE = "friendly and quick,a pleasure from start to end,better than we had hoped,worth every penny,clean and well made"
+PRAISE = (
+    "friendly and quick,a pleasure from start to end,better than we had hoped,worth every penny,clean and well made"
+)
 BLAME = "slow and rude,a waste of an evening,worse than we had feared,far too dear for what it is,dirty and badly made"
 THINGS = "The soup,Our room,The service,This lamp,The guided tour,The new coat,Their coffee,The train ride,The concert"
 
@@ -80,7 +84,11 @@ def passage(random_: random.Random) -> str:
     values = {name: pick(random_, words) for name, words in slots.items()}
     for name, words in (("place", PLACES), ("who", PEOPLE)):
         values[name], values[f"{name}2"] = random_.sample(words.split(","), 2)
-    values |= {"time": pick(random_, TIMES), "number": str(random_.randint(2, 40)), "number2": str(random_.randint(2, 9))}
+    values |= {
+        "time": pick(random_, TIMES),
+        "number": str(random_.randint(2, 40)),
+        "number2": str(random_.randint(2, 9)),
+    }
     text = " ".join(sentences).format(**values)
     return ". ".join(part[:1].upper() + part[1:] for part in text.split(". "))
 

@@ -11,13 +11,13 @@ CHUNK_ROWS = 4096
 
 
 class Moments(NamedTuple):
-    """Count, mean and sum of squared deviations of each dimension, in float64.
+    """Number, mean and sum of squared deviations of each dimension, in float64.
 
     References:
         Chan, Golub, LeVeque 1979: merging keeps the accuracy that E[x^2] - E[x]^2 loses.
     """
 
-    count: int
+    number: int
     mean: Tensor
     m2: Tensor
 
@@ -38,18 +38,18 @@ class Moments(NamedTuple):
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets together."""
-        count = self.count + other.count
-        if not count:
+        number = self.number + other.number
+        if not number:
             return self
         step = other.mean - self.mean
-        mean = self.mean + step * (other.count / count)
-        m2 = self.m2 + other.m2 + step.square() * (self.count * other.count / count)
-        return Moments(count, mean, m2)
+        mean = self.mean + step * (other.number / number)
+        m2 = self.m2 + other.m2 + step.square() * (self.number * other.number / number)
+        return Moments(number, mean, m2)
 
     @property
     def std(self) -> Tensor:
         """Population standard deviation, shape [d]."""
-        return (self.m2 / max(1, self.count)).sqrt()
+        return (self.m2 / max(1, self.number)).sqrt()
 
 
 class Bands(NamedTuple):

@@ -80,7 +80,9 @@ def build_anchor(folder: Path, plan: BuildPlan, distil: Distil, *, progress: boo
     if not _is_complete(partial):
         noise = _noise(partial, plan, distil) if plan.keep_regions else None
         with tqdm(total=sum(map(len, plan.rows)), unit="tok", desc="anchor", disable=not progress) as bar:
-            parts = [_part(partial, number, rows, plan, distil, bar) for number, rows in enumerate(_split(plan, noise))]
+            parts = [
+                _part(partial, number, rows, plan, distil, bar) for number, rows in enumerate(_split(plan, noise))
+            ]
         _encode(partial, plan, parts, noise)
     _publish(partial, folder)
 
@@ -138,9 +140,7 @@ def _noise(partial: Path, plan: BuildPlan, distil: Distil) -> Tensor:
     return stored["noise"]
 
 
-def _part(
-    partial: Path, number: int, batches: list[list[int]], plan: BuildPlan, distil: Distil, bar: tqdm
-) -> Path:
+def _part(partial: Path, number: int, batches: list[list[int]], plan: BuildPlan, distil: Distil, bar: tqdm) -> Path:
     """Make part `number`, unless a build with the same plan left it whole."""
     path = partial / f"part-{number:05d}.safetensors"
     tag = sha256(repr([[plan.rows[row] for row in batch] for batch in batches]).encode())

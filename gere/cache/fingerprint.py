@@ -17,10 +17,9 @@ from gere.states import base_module
 FORMAT_VERSION = 1
 ADAPTER_WRAPPERS = ("base_layer", "original_module")
 # Set by Trainer or by saving and loading, without any effect on the states.
-VOLATILE_CONFIG = frozenset(
-    "transformers_version use_cache dtype torch_dtype pad_token_id bos_token_id eos_token_id unk_token_id "
-    "tokenizer_class quantization_config architectures".split()
-)
+VOLATILE_CONFIG = frozenset({"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"})
+VOLATILE_CONFIG |= {"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "tokenizer_class"}
+VOLATILE_CONFIG |= {"quantization_config"}
 
 
 def key_of(fields: Mapping[str, str]) -> str:
@@ -59,9 +58,9 @@ def weights_digest(model: nn.Module) -> str:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Weights and persistent buffers of the base model by their own names; tied weights come once."""
     causal = base_module(model)
-    adapters = {
-        name for module in causal.modules() for name in getattr(module, "adapter_layer_names", ()) if name
-    } | {"modules_to_save"}
+    adapters = {"modules_to_save"}
+    for module in causal.modules():
+        adapters.update(getattr(module, "adapter_layer_names", ()))
     found: dict[tuple[int, tuple[int, ...]], tuple[str, Tensor]] = {}
     for full_name, tensor in causal.state_dict().items():
         parts = full_name.split(".")
@@ -75,7 +74,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _tensor_digest(name: str, tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -42,7 +42,7 @@ def open_named(root: Path, key: str, fields: Mapping[str, str]) -> Anchor:
     folder = anchor_folder(root, key)
     if not (folder / MANIFEST).exists():
         raise CacheMissingError(
-            "The anchor of this run is not in the cache folder, and a model that was trained cannot be anchored again.",
+            "The anchor of this run is not in the cache folder, and a trained model cannot be anchored again.",
             where=root,
             expected=folder.name,
             found=", ".join(path.name for path in anchors_in(root)) or "no anchor",

@@ -4,7 +4,7 @@ An anchor is a folder of these files; `manifest.json` is written last and names 
 
 | file | content |
 |---|---|
-| `rows.safetensors` | `tokens` int32 [n], `base_ce` float32 [n]; with regions also `shard` int32 [n], `start` int64 [n] |
+| `rows.safetensors` | `tokens` int32 [n], `base_ce` float32 [n]; with regions `shard` int32 [n], `start` int64 [n] |
 | `bands.safetensors` | `lower`, `upper`, `tolerance`, `mean`, `std`, float32 [d] |
 | `regions-NNNNN.safetensors` | `codes` uint8 [tokens of the shard, ceil(d / 4)] |
 """
@@ -176,5 +176,3 @@ def _corrupt(where: Path, expected: str, found: str) -> CacheCorruptError:
         found=found,
         fix="Restore the folder from a copy, or delete it and start again from the base model.",
     )
-
-

@@ -72,7 +72,12 @@ def test_margin_equals_oracle(seed, normalization):
     exact = threshold_margin(torch.from_numpy(state), region, low, high, torch.from_numpy(mask), normalization)
     np.testing.assert_allclose(exact.numpy(), expected, rtol=1e-12, atol=1e-14)
     single = threshold_margin(
-        torch.from_numpy(state).float(), region, low.float(), high.float(), torch.from_numpy(mask).long(), normalization
+        torch.from_numpy(state).float(),
+        region,
+        low.float(),
+        high.float(),
+        torch.from_numpy(mask).long(),
+        normalization,
     )
     np.testing.assert_allclose(single.numpy(), expected, rtol=1e-5, atol=1e-6)
 

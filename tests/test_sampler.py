@@ -125,7 +125,5 @@ def test_parent_order():
     torch.rand(3)
     assert grouped(1) == first and grouped(2) != first and sorted(first) == rows
     subset = parent_order(RandomSampler(rows, num_samples=8), 0)
-    sampler = BatchInsertionSampler(
-        20, 4, batch_size=4, replay_per_batch=1, task_order=subset, tasks_per_epoch=8
-    )
+    sampler = BatchInsertionSampler(20, 4, batch_size=4, replay_per_batch=1, task_order=subset, tasks_per_epoch=8)
     assert len(list(sampler)) == len(sampler) == 12

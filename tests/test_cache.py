@@ -1,0 +1,373 @@
+"""The anchor on disk: its bytes, its refusals, and what a kill or a flipped byte does to it."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from gere.cache import (
+    Anchor,
+    BuildPlan,
+    Distilled,
+    Moments,
+    build_anchor,
+    mean_std_bands,
+    open_or_build,
+    pack,
+    regions,
+    unpack,
+)
+from gere.cache import files as cache_files
+from gere.cache.build import batches_by_length
+from gere.cache.store import read_manifest
+from gere.errors import CacheCorruptError, CacheFolderError, CacheMismatchError, NonFiniteStateError
+
+DIM = 32
+
+
+def toy_rows(count=12, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 50, int(length)).tolist() for length in rng.integers(2, 30, count)]
+
+
+class ToyModel:
+    """A state that depends on the tokens before it, without a network."""
+
+    def __init__(self, noise=0.0):
+        generator = torch.Generator().manual_seed(0)
+        self.table = torch.randn(50, DIM, generator=generator)
+        self.noise = noise
+        self.calls = 0
+
+    def states(self, row):
+        return self.table[torch.tensor(row)].cumsum(0) / torch.arange(1, len(row) + 1).sqrt()[:, None]
+
+    def __call__(self, rows):
+        self.calls += 1
+        state = torch.nn.utils.rnn.pad_sequence([self.states(row) for row in rows], batch_first=True)
+        if self.noise:
+            state = state + self.noise * (len(rows) > 1)
+        return Distilled(state, torch.tensor([float(sum(row)) for row in rows]))
+
+
+def plan_of(rows, **changes):
+    settings_ = {
+        "fields": {"weights": "w", "texts": "t"},
+        "rows": rows,
+        "keep_regions": True,
+        "band_width": 1.0,
+        "std_floor": 1e-3,
+        "batch_tokens": 64,
+    }
+    return BuildPlan(**{**settings_, **changes})
+
+
+@pytest.fixture
+def anchor(tmp_path):
+    rows = toy_rows()
+    build_anchor(tmp_path / "anchor-a", plan_of(rows), ToyModel(), progress=False)
+    return Anchor(tmp_path / "anchor-a"), rows
+
+
+def test_regions_of_every_row_are_those_of_its_states(anchor):
+    stored, rows = anchor
+    model = ToyModel()
+    everything = torch.cat([model.states(row) for row in rows]).double()
+    torch.testing.assert_close(stored.bands.lower, (everything.mean(0) - everything.std(0, correction=0)).float())
+    torch.testing.assert_close(stored.bands.upper, (everything.mean(0) + everything.std(0, correction=0)).float())
+    for index, row in enumerate(rows):
+        expected = regions(model.states(row), stored.bands.lower, stored.bands.upper)
+        assert torch.equal(unpack(stored.packed_regions(index), DIM), expected)
+        assert stored.tokens(index) == len(row) and stored.base_ce[index] == sum(row)
+
+
+def test_golden_bytes_of_the_code():
+    region = torch.tensor([[-1, 0, 1, 0, 1, 1]], dtype=torch.int8)
+    assert pack(region).tolist() == [[0b01_10_01_00, 0b00_00_10_10]]
+    with pytest.raises(ValueError, match="-1, 0 or 1"):
+        pack(torch.tensor([2], dtype=torch.int8))
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 10**6), shape=st.lists(st.integers(0, 5), max_size=2), dim=st.integers(1, 19))
+def test_unpack_undoes_pack(seed, shape, dim):
+    generator = torch.Generator().manual_seed(seed)
+    region = torch.randint(-1, 2, (*shape, dim), generator=generator, dtype=torch.int8)
+    packed = pack(region)
+    assert packed.dtype == torch.uint8 and packed.shape == (*shape, -(-dim // 4))
+    assert torch.equal(unpack(packed, dim), region)
+
+
+def test_bytes_on_disk_are_two_bits_an_element(tmp_path):
+    dim = 256
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(50, dim, generator=generator)
+
+    def distil(rows):
+        state = torch.nn.utils.rnn.pad_sequence([table[torch.tensor(row)] for row in rows], batch_first=True)
+        return Distilled(state, torch.zeros(len(rows)))
+
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 50, 200).tolist() for _ in range(60)]
+    build_anchor(tmp_path / "anchor-a", plan_of(rows, batch_tokens=2000), distil, progress=False)
+    size = sum(path.stat().st_size for path in (tmp_path / "anchor-a").iterdir())
+    assert size == pytest.approx(60 * 200 * dim / 4, rel=0.02)
+
+
+def test_ce_strategy_stores_no_regions(tmp_path):
+    rows = toy_rows()
+    build_anchor(tmp_path / "anchor-a", plan_of(rows, keep_regions=False), ToyModel(), progress=False)
+    stored = Anchor(tmp_path / "anchor-a")
+    assert stored.dim == 0 and stored.base_ce.tolist() == [float(sum(row)) for row in rows]
+    assert sorted(path.name for path in stored.folder.iterdir()) == ["manifest.json", "rows.safetensors"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), cuts=st.lists(st.integers(0, 40), max_size=5), offset=st.sampled_from([0, 1e3, 1e6])
+)
+def test_moments_of_any_partition(seed, cuts, offset):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(40, 3, generator=generator, dtype=torch.float64) + offset
+    edges = [0, *sorted(cuts), 40]
+    merged = Moments.empty(3)
+    for start, stop in itertools.pairwise(edges):
+        merged = merged.merge(Moments.of(values[start:stop]))
+    assert merged.number == 40
+    np.testing.assert_allclose(merged.mean, values.numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(merged.std, values.numpy().std(0), rtol=1e-6)
+
+
+def test_sigma_has_a_floor():
+    values = torch.randn(1000, 4, dtype=torch.float64)
+    values[:, 0] = 3.3
+    bands = mean_std_bands(Moments.of(values), 1.0, 1e-3, torch.zeros(4))
+    assert bands.lower[0] < 3.3 < bands.upper[0] and bands.upper[0] - bands.lower[0] < 0.01
+    assert regions(values, bands.lower, bands.upper)[:, 0].abs().sum() == 0
+
+
+def test_batches_are_of_like_length_and_within_the_budget():
+    rows = toy_rows(40)
+    batches = list(batches_by_length(rows, 90))
+    assert sorted(row for batch in batches for row in batch) == list(range(40))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(len(rows[row]) for row in batch) <= 90
+    firsts = [len(rows[batch[0]]) for batch in batches]
+    assert firsts == sorted(firsts, reverse=True)
+
+
+def test_rounding_noise_is_measured(tmp_path):
+    build_anchor(tmp_path / "anchor-a", plan_of(toy_rows()), ToyModel(noise=0.01), progress=False)
+    tolerance = Anchor(tmp_path / "anchor-a").bands.tolerance
+    torch.testing.assert_close(tolerance, torch.full((DIM,), 0.02), rtol=1e-3, atol=0)
+
+
+def test_nan_in_the_base_model_is_named(tmp_path):
+    model = ToyModel()
+    model.table[7] = float("nan")
+    rows = [[1, 2, 3], [4, 7, 5]]
+    with pytest.raises(NonFiniteStateError, match=r"replay rows \[1\]"):
+        build_anchor(tmp_path / "anchor-a", plan_of(rows), model, progress=False)
+
+
+def test_a_flipped_byte_anywhere_is_refused(anchor):
+    stored, _ = anchor
+    rng = np.random.default_rng(0)
+    tried = 0
+    for path in sorted(stored.folder.iterdir()):
+        raw = path.read_bytes()
+        header = range(min(len(raw), 64))
+        for place in {*header, *rng.integers(0, len(raw), 60).tolist(), len(raw) - 1}:
+            broken = bytearray(raw)
+            broken[place] ^= 1 << int(rng.integers(0, 8))
+            path.write_bytes(broken)
+            with pytest.raises((CacheCorruptError, CacheMismatchError), match=path.name):
+                Anchor(stored.folder)
+            tried += 1
+        for cut in (0, len(raw) // 2, len(raw) - 1):
+            path.write_bytes(raw[:cut])
+            with pytest.raises(CacheCorruptError):
+                Anchor(stored.folder)
+        path.write_bytes(raw)
+    assert tried > 300
+    Anchor(stored.folder)
+
+
+def test_missing_swapped_and_foreign_files_are_refused(anchor):
+    stored, _ = anchor
+    regions_file = stored.folder / "regions-00000.safetensors"
+    kept = regions_file.read_bytes()
+    regions_file.unlink()
+    with pytest.raises(CacheCorruptError, match="FileNotFoundError"):
+        Anchor(stored.folder)
+    regions_file.write_bytes((stored.folder / "bands.safetensors").read_bytes())
+    with pytest.raises(CacheCorruptError, match="SHA-256"):
+        Anchor(stored.folder)
+    regions_file.write_bytes(kept)
+    manifest = json.loads((stored.folder / "manifest.json").read_text())
+    manifest["files"] = {"../../etc/passwd": "0" * 64}
+    (stored.folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CacheCorruptError):
+        Anchor(stored.folder)
+
+
+def test_another_format_is_refused_by_name(anchor):
+    stored, _ = anchor
+    path = stored.folder / "manifest.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 9'))
+    with pytest.raises(CacheMismatchError, match="format_version 1") as caught:
+        Anchor(stored.folder)
+    assert caught.value.fields == ("format_version",)
+
+
+def test_fields_that_differ_are_named(tmp_path):
+    built = []
+
+    def build(folder):
+        built.append(folder)
+        build_anchor(folder, plan_of(toy_rows(), fields=fields), ToyModel(), progress=False)
+
+    fields = {"weights": "a", "texts": "b"}
+    open_or_build(tmp_path, fields, build, reuse=True)
+    assert open_or_build(tmp_path, fields, build, reuse=True).fields == fields and len(built) == 1
+    fields = {"weights": "a", "texts": "c"}
+    with pytest.raises(CacheMismatchError, match="other texts") as caught:
+        open_or_build(tmp_path, fields, build, reuse=True)
+    assert caught.value.fields == ("texts",) and "expected: texts c" in str(caught.value)
+    open_or_build(tmp_path, fields, build, reuse=False)
+    assert len(built) == 2 and len(list(tmp_path.glob("anchor-*"))) == 2
+
+
+def test_an_anchor_can_be_sent_to_a_worker(anchor):
+    stored, _ = anchor
+    stored.packed_regions(0)
+    copy = pickle.loads(pickle.dumps(stored))
+    assert torch.equal(copy.packed_regions(3), stored.packed_regions(3))
+
+
+def test_nothing_is_evaluated_twice_after_a_kill(tmp_path):
+    rows = toy_rows(120)
+
+    class Killed(ToyModel):
+        def __call__(self, batch):
+            if self.calls == 14:
+                raise KeyboardInterrupt
+            return super().__call__(batch)
+
+    plan = plan_of(rows, batch_tokens=90)
+    whole = ToyModel()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gere.cache.build.PART_BYTES", 4 * DIM * 200)
+        build_anchor(tmp_path / "anchor-whole", plan, whole, progress=False)
+        with pytest.raises(KeyboardInterrupt):
+            build_anchor(tmp_path / "anchor-killed", plan, Killed(), progress=False)
+        done = len(list((tmp_path / "anchor-killed.partial").glob("part-*")))
+        rest = ToyModel()
+        build_anchor(tmp_path / "anchor-killed", plan, rest, progress=False)
+    assert done >= 2
+    assert 0 < rest.calls <= whole.calls - 14 + 2, "only the unfinished part, of at most two batches, is run again"
+    assert not (tmp_path / "anchor-killed.partial").exists()
+    for path in (tmp_path / "anchor-whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "anchor-killed" / path.name).read_bytes()
+
+
+def test_a_damaged_part_is_refused_and_not_repaired(tmp_path):
+    partial = tmp_path / "anchor-a.partial"
+    partial.mkdir()
+    (partial / "part-00000.safetensors").write_bytes(b"half a file")
+    with pytest.raises(CacheCorruptError, match="part-00000"):
+        build_anchor(tmp_path / "anchor-a", plan_of(toy_rows()), ToyModel(), progress=False)
+
+
+KILL_SCRIPT = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from test_cache import ToyModel, plan_of, toy_rows
+import gere.cache.build as build
+from gere.cache import Anchor
+build.PART_BYTES = 4 * 32 * 100
+
+class Slow(ToyModel):
+    def __call__(self, rows):
+        time.sleep(0.002)
+        return super().__call__(rows)
+
+root, rows = Path({root!r}), toy_rows(80)
+def run(name):
+    build.build_anchor(root / name, plan_of(rows), Slow(), progress=False)
+start = time.perf_counter()
+run("anchor-whole")
+length = time.perf_counter() - start
+random.seed(0)
+killed = 0
+for trial in range(20):
+    child = os.fork()
+    if not child:
+        run(f"anchor-{{trial % 4}}")
+        os._exit(0)
+    time.sleep(random.uniform(0, 0.9 * length))
+    os.kill(child, signal.SIGKILL)
+    killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+    for folder in root.glob("anchor-?"):
+        Anchor(folder)
+for trial in range(4):
+    run(f"anchor-{{trial}}")
+    for path in (root / "anchor-whole").iterdir():
+        assert path.read_bytes() == (root / f"anchor-{{trial}}" / path.name).read_bytes(), path
+assert not list(root.glob("*.partial")) and not list(root.glob("**/*.tmp"))
+print("killed", killed)
+"""
+
+
+def test_sigkill_at_twenty_random_moments(tmp_path):
+    script = KILL_SCRIPT.format(tests=str(Path(__file__).parent), root=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= 10
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("step", ["fsync", "open"])
+def test_errors_of_the_disk_have_a_name_and_leave_nothing_behind(tmp_path, monkeypatch, code, step):
+    def fail(*arguments, **keywords):
+        raise OSError(code, os.strerror(code))
+
+    target = (cache_files.os, "fsync") if step == "fsync" else (Path, "open")
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, fail)
+        with pytest.raises(CacheFolderError, match="full" if code == errno.ENOSPC else "cannot be written"):
+            cache_files.write_atomic(tmp_path / "file", b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_small_is_refused_before_the_work(tmp_path, monkeypatch):
+    usage = cache_files.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache_files.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    model = ToyModel()
+    with pytest.raises(CacheFolderError, match="too full"):
+        build_anchor(tmp_path / "anchor-a", plan_of(toy_rows(60)), model, progress=False)
+    assert not list(tmp_path.rglob("part-*"))
+
+
+def test_manifest_names_what_it_is_anchored_to(anchor):
+    stored, rows = anchor
+    manifest = read_manifest(stored.folder)
+    assert manifest["fields"] == {"weights": "w", "texts": "t"}
+    assert manifest["shape"] == {"rows": len(rows), "tokens": sum(map(len, rows)), "dim": DIM}
+    assert set(load_file(stored.folder / "bands.safetensors")) == {"lower", "upper", "tolerance", "mean", "std"}

@@ -1,0 +1,280 @@
+"""Bad input gets a named error with the way on, before any training step."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import T5Config, T5ForConditionalGeneration
+
+from gere import GeReConfig, GeReError
+from gere.config import parse_replay_per_batch, parse_weight
+from gere.errors import (
+    CacheCorruptError,
+    CacheFolderError,
+    CacheMismatchError,
+    CacheMissingError,
+    ConfigError,
+    ReplayDownloadError,
+    ReplaySetError,
+    TokenizerError,
+    UnsupportedModelError,
+    UnsupportedSettingError,
+)
+from gere.replay import load_replay_set, load_texts
+
+TEXTS = ["One text of several words.", "Another text, a little longer than the first."]
+
+
+def refused(trainer, error, match):
+    """Training must end in the named error, with a way on, before any step."""
+    with pytest.raises(error, match=match) as caught:
+        trainer.train()
+    assert trainer.state.global_step == 0 and "next:" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["abc", "", None, True, -1, "-3", float("nan"), "inf", "DY", [1]])
+def test_weight_that_is_neither_number_nor_dy(make_trainer, value):
+    with pytest.raises(ConfigError, match=r"w_strategy[\s\S]*next:"):
+        make_trainer(w=value)
+
+
+def test_weights_that_can_be_read():
+    assert parse_weight("100") == 100.0 and parse_weight(0) == 0.0 and parse_weight("1e2") == 100.0
+    assert parse_weight("dy") == "dy" and parse_replay_per_batch(None) == 0
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "4", True])
+def test_replay_rows_that_are_no_number(make_trainer, value):
+    with pytest.raises(ConfigError, match="num_interpolate_per_batch"):
+        make_trainer(replay=value)
+
+
+@pytest.mark.parametrize("value", [8, 9, 100])
+def test_as_many_replay_rows_as_the_batch(make_trainer, value):
+    refused(make_trainer(replay=value), ConfigError, "from 0 to 7, since an optimizer step has 8 rows")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("replay_strategy", "kl2"), ("normalization", "rows"), ("max_length", 1), ("max_length", "563"),
+        ("band_width", 0), ("band_width", "1"), ("std_floor", -1.0), ("replay_size", 0), ("add_bos", "yes"),
+        ("anchor", ""), ("anchor_batch_tokens", 0),
+    ],
+)  # fmt: skip
+def test_config_names_the_field(field, value):
+    with pytest.raises(ConfigError, match=f"gere_config.{field}[\\s\\S]*found:"):
+        GeReConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "match"),
+    [
+        ([], {}, "empty"),
+        (TEXTS, {"replay_size": 3}, "shorter than asked"),
+        ([*TEXTS, "  "], {}, "rows 2"),
+        ([None, *TEXTS], {}, "rows 0"),
+        ([*TEXTS, 5], {}, "no text"),
+        (Dataset.from_dict({"body": TEXTS}), {}, "no such column[\\s\\S]*'body'"),
+        (5, {}, "cannot be read from this"),
+    ],
+)
+def test_replay_sets_that_cannot_be_used(make_trainer, source, changes, match):
+    refused(make_trainer(config={"replay_dataset": source, **changes}), ReplaySetError, match)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("empty.jsonl", "", "empty"),
+        ("broken.jsonl", '{"text": "a b"}\n{"text"', "JSONDecodeError"),
+        ("column.jsonl", '{"body": "a b c"}\n', "record 0[\\s\\S]*'body'"),
+        ("object.json", '{"text": "a b c"}', "a JSON dict"),
+        ("blank.txt", "\n\n", "empty"),
+        ("latin.txt", b"caf\xe9 au lait\n", "UnicodeDecodeError"),
+        ("broken.parquet", "no parquet", "cannot be read"),
+        ("missing.jsonl", None, "FileNotFoundError"),
+    ],
+)
+def test_replay_files_that_cannot_be_used(make_trainer, tmp_path, name, content, match):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(make_trainer(config={"replay_dataset": path}), ReplaySetError, match)
+
+
+def test_rows_of_one_token(make_trainer):
+    config = {"replay_dataset": [*TEXTS, "a"], "add_bos": False}
+    refused(make_trainer(config=config), ReplaySetError, "rows 2[\\s\\S]*at least 2 tokens")
+
+
+def test_no_network_names_the_ways_on(make_trainer):
+    config = {"replay_dataset": None}
+    refused(make_trainer(config=config), ReplayDownloadError, r"SlimPajama-6B[\s\S]*\.jsonl[\s\S]*list of strings")
+
+
+def test_tokenizers_that_lack_something(make_trainer, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    trainer = make_trainer()
+    trainer.processing_class = bare
+    refused(trainer, TokenizerError, "tokenizer.pad_token = tokenizer.eos_token")
+    trainer.processing_class = None
+    refused(trainer, TokenizerError, "processing_class=tokenizer")
+    bare = copy.deepcopy(tokenizer)
+    bare.bos_token = None
+    with pytest.raises(TokenizerError, match="add_bos"):
+        load_replay_set(GeReConfig(replay_dataset=TEXTS, add_bos=True), bare, Path("unused"))
+
+
+def test_encoder_decoder_model(make_trainer):
+    config = T5Config(vocab_size=768, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    with pytest.raises(UnsupportedModelError, match=r"T5ForConditionalGeneration[\s\S]*next:"):
+        make_trainer(model=T5ForConditionalGeneration(config))
+
+
+def test_cache_folder_that_is_a_file(make_trainer, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(make_trainer(gere_hidden_state_saving_dir=tmp_path / "file"), CacheFolderError, "is a file")
+    refused(make_trainer(gere_hidden_state_saving_dir=tmp_path / "file" / "below"), CacheFolderError, "written")
+
+
+def test_cache_folder_that_cannot_be_written(make_trainer):
+    if not Path("/proc/self").exists():
+        pytest.skip("needs a file system that nobody may write to")
+    refused(make_trainer(gere_hidden_state_saving_dir="/proc/gere"), CacheFolderError, "cannot be written")
+
+
+def test_full_disk(make_trainer, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    trainer = make_trainer()
+    monkeypatch.setattr("gere.cache.files.os.fsync", full)
+    refused(trainer, CacheFolderError, "full[\\s\\S]*No space left")
+
+
+def changed_weights():
+    from conftest import load_tiny
+
+    model = load_tiny()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-4
+    return model
+
+
+def test_each_field_that_differs_is_refused_by_name(make_trainer, general, tokenizer, arguments, tmp_path):
+    make_trainer().train()
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<new>"])
+    cases = {
+        ("weights",): {"model": changed_weights()},
+        ("texts", "input_ids"): {"config": {"replay_dataset": [*general[:-1], general[-1] + "!"], "max_length": 400}},
+        ("tokenizer",): {"processing_class": other},
+        ("max_length", "input_ids"): {"config": {"max_length": 47}},
+        ("bands",): {"config": {"band_width": 1.5}},
+        ("dtype",): {"args": {"bf16": True}},
+    }
+    for fields, changes in cases.items():
+        if "texts" in fields:
+            make_trainer(config={"max_length": 400}, gere_hidden_state_saving_dir=tmp_path / "long").train()
+            changes["gere_hidden_state_saving_dir"] = tmp_path / "long"
+        if "args" in changes:
+            changes["args"] = arguments(**changes["args"])
+        trainer = make_trainer(**changes)
+        refused(trainer, CacheMismatchError, fields[0])
+        with pytest.raises(CacheMismatchError) as caught:
+            trainer.train()
+        assert caught.value.fields == fields
+    with pytest.raises(CacheMismatchError) as caught:
+        make_trainer(config={"replay_strategy": "ce"}).train()
+    assert "strategy" in caught.value.fields
+    assert len(list((tmp_path / "gere_saving").glob("anchor-*"))) == 1, "nothing was rebuilt"
+    make_trainer().train()
+
+
+def test_reuse_off_builds_a_second_anchor(make_trainer, tmp_path):
+    make_trainer().train()
+    make_trainer(model=changed_weights(), reuse_gere_hidden_state=False).train()
+    assert len(list((tmp_path / "gere_saving").glob("anchor-*"))) == 2
+    make_trainer().train()
+
+
+def test_damaged_anchor_is_refused(make_trainer, tmp_path):
+    make_trainer().train()
+    path = next((tmp_path / "gere_saving").glob("anchor-*/regions-*"))
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
+    refused(make_trainer(), CacheCorruptError, path.name)
+
+
+def test_anchor_that_is_not_there(make_trainer):
+    refused(make_trainer(config={"anchor": "0" * 32}), CacheMissingError, "anchor-000")
+
+
+def test_settings_that_do_not_go_together(make_trainer, arguments):
+    split = arguments(accelerator_config={"split_batches": True})
+    refused(make_trainer(args=split), UnsupportedSettingError, "split_batches")
+    stream = Dataset.from_dict({"input_ids": [[1, 2]] * 9, "labels": [[1, 2]] * 9}).to_iterable_dataset()
+    refused(make_trainer(train_dataset=stream), UnsupportedSettingError, "train_dataset")
+    trainer = make_trainer()
+    trainer.args._n_gpu = 2
+    refused(trainer, UnsupportedSettingError, "DataParallel")
+
+
+def test_errors_survive_a_worker():
+    error = ConfigError("What.", where="there", expected=1, found=2, fix="so")
+    copy_ = pickle.loads(pickle.dumps(error))
+    assert type(copy_) is ConfigError and str(copy_) == str(error) and isinstance(error, GeReError)
+
+
+def test_every_source_of_texts_gives_the_same(tmp_path):
+    records = [{"text": text, "n": 1} for text in TEXTS]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    (tmp_path / "b.json").write_text(json.dumps(TEXTS))
+    (tmp_path / "a.txt").write_text("\n\n".join(TEXTS))
+    Dataset.from_list(records).to_parquet(tmp_path / "a.parquet")
+    sources = [
+        *sorted(tmp_path.glob("*.*")),
+        str(tmp_path / "a.jsonl"),
+        TEXTS,
+        tuple(TEXTS),
+        Dataset.from_list(records),
+    ]
+    assert len(sources) == 9
+    for source in sources:
+        assert load_texts(GeReConfig(replay_dataset=source), tmp_path) == TEXTS
+    assert load_texts(GeReConfig(replay_dataset=TEXTS, replay_size=1), tmp_path) == TEXTS[:1]
+    rows = Dataset.from_dict({"body": TEXTS})
+    assert load_texts(GeReConfig(replay_dataset=rows, replay_column="body"), tmp_path) == TEXTS
+
+
+def test_hub_texts_are_streamed_once_and_kept(tmp_path, monkeypatch):
+    """A local folder in the hub's format goes through the same code as a name on the hub."""
+    folder, cache = tmp_path / "hub_set", tmp_path / "cache"
+    folder.mkdir()
+    many = [f"Text number {index} of the set." for index in range(1200)]
+    Dataset.from_dict({"text": many}).to_parquet(folder / "train-00000-of-00001.parquet")
+    config = GeReConfig(replay_dataset=str(folder))
+    assert load_texts(config, cache) == many[:1000]
+    assert len(list(cache.glob("replay-*.jsonl"))) == 1
+    (folder / "train-00000-of-00001.parquet").unlink()
+    assert load_texts(config, cache) == many[:1000], "the second start needs no source"
+    with pytest.raises(ReplayDownloadError):
+        load_texts(GeReConfig(replay_dataset=str(folder), replay_size=5), cache)
+
+
+def test_rows_are_cut_and_begin_as_the_tokenizer_says(tokenizer):
+    bos = tokenizer.bos_token_id
+    for add_bos, first in ((None, True), (True, True), (False, False)):
+        config = GeReConfig(replay_dataset=TEXTS, max_length=6, add_bos=add_bos)
+        rows = load_replay_set(config, tokenizer, Path("unused")).rows
+        assert all(len(row) == 6 and (row[0] == bos) == first and bos not in row[1:] for row in rows)

@@ -1,0 +1,58 @@
+"""LoRA by PEFT: the anchor is the model with its adapter disabled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import load_tiny
+from peft import LoraConfig, get_peft_model
+from test_trainer import KEYS, train_logs
+
+from gere.cache.fingerprint import architecture_digest, weights_digest
+
+
+def with_lora(**changes):
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **changes}
+    return get_peft_model(load_tiny(), LoraConfig(**settings))
+
+
+def test_lora_trains_against_the_base(make_trainer, arguments):
+    trainer = make_trainer(model=with_lora(), args=arguments(learning_rate=1e-2, max_steps=4))
+    trainer.train()
+    logs = train_logs(trainer)
+    assert all(set(log) >= KEYS for log in logs)
+    assert logs[0]["gere/tm"] == 0.0 and logs[-1]["gere/tm"] > 0
+
+
+def test_lora_and_full_training_share_one_anchor(make_trainer):
+    full, lora = make_trainer(), make_trainer(model=with_lora(modules_to_save=["lm_head"]))
+    full.train()
+    lora.train()
+    assert full._gere.anchor.key == lora._gere.anchor.key
+
+
+def test_a_trained_adapter_still_means_the_base(make_trainer, arguments):
+    model = with_lora()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    trainer = make_trainer(model=model)
+    trainer.train()
+    assert trainer._gere.anchor.key and train_logs(trainer)[0]["gere/tm"] > 0
+    again = make_trainer()
+    again.train()
+    assert again._gere.anchor.key == trainer._gere.anchor.key
+    assert train_logs(again)[0]["gere/tm"] == 0.0
+
+
+@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": "all-linear"}])
+def test_digests_see_through_the_adapter(changes):
+    base = load_tiny()
+    wrapped = with_lora(**changes)
+    assert weights_digest(wrapped) == weights_digest(base)
+    assert architecture_digest(wrapped) == architecture_digest(base)
+    with torch.no_grad():
+        next(base.parameters()).view(-1)[3] += 1e-3
+    assert weights_digest(base) != weights_digest(wrapped)

@@ -1,0 +1,275 @@
+"""What users of `Trainer` rely on, on one process."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import TINY, load_tiny
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+
+from gere import GeReConfig, GeReSeq2SeqTrainer, GeReTrainer, gere_trainer
+from gere.collator import MixedDataset
+
+KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
+
+
+class Spy(TrainerCallback):
+    """Counts the rows of every optimizer step as the model sees them."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+
+
+def train_logs(trainer):
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+def test_log_has_every_key_at_every_logging_step(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    logs = train_logs(trainer)
+    assert len(logs) == 3 and all(set(log) >= KEYS for log in logs)
+    assert not any(key.startswith("gere/") for log in trainer.state.log_history if "loss" not in log for key in log)
+
+
+@pytest.mark.parametrize("replay", [None, 0, 1, 3, 4, 7])
+def test_exactly_k_replay_rows_in_every_step(make_trainer, arguments, task, general, replay, monkeypatch):
+    shares = []
+    trainer = make_trainer(args=arguments(max_steps=-1, num_train_epochs=2), replay=replay)
+    begin = trainer._gere.begin_step
+    monkeypatch.setattr(trainer._gere, "begin_step", lambda *counts: (shares.append(counts[:2]), begin(*counts)))
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps == len(shares)
+    if replay:
+        assert shares == [(8 - replay, replay)] * (2 * -(-len(task) // (8 - replay)))
+    else:
+        assert all(sum(counts) == 8 for counts in shares)
+        assert sum(counts[1] for counts in shares) == 2 * len(general)
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_evaluate_predict_and_metrics(make_trainer, task):
+    def metrics(prediction):
+        return {"accuracy": float((prediction.predictions.argmax(-1)[:, :-1] == prediction.label_ids[:, 1:]).mean())}
+
+    trainer = make_trainer(eval_dataset=task[:6], compute_metrics=metrics)
+    plain = make_trainer(Trainer, eval_dataset=task[:6], compute_metrics=metrics)
+    ours, theirs = trainer.evaluate(), plain.evaluate()
+    assert ours["eval_loss"] == theirs["eval_loss"] and ours["eval_accuracy"] == theirs["eval_accuracy"]
+    trainer.train()
+    predicted = trainer.predict(task[:5])
+    assert predicted.predictions.shape[0] == 5 and "test_loss" in predicted.metrics
+
+
+def test_evaluation_during_training_and_best_model(make_trainer, arguments, task):
+    args = arguments(
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, max_steps=6,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", learning_rate=5e-3,
+    )  # fmt: skip
+    trainer = make_trainer(args=args, eval_dataset=task[:8])
+    trainer.train()
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert len(losses) == 3
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize("remove", [True, False])
+@pytest.mark.parametrize("kind", ["datasets", "torch", "list"])
+def test_kinds_of_datasets_with_extra_columns(make_trainer, arguments, task, tokenizer, remove, kind):
+    rows = [{**row, "note": f"row {index}", "weight": index} for index, row in enumerate(task[:16])]
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(rows)
+
+        def __getitem__(self, index):
+            return rows[index]
+
+    dataset = {"datasets": Dataset.from_list(rows), "torch": Rows(), "list": rows}[kind]
+    seen = []
+
+    def collate(features):
+        seen.extend(set(feature) for feature in features)
+        kept = [{key: row[key] for key in ("input_ids", "attention_mask", "labels")} for row in features]
+        return DataCollatorForSeq2Seq(tokenizer)(kept)
+
+    trainer = make_trainer(args=arguments(remove_unused_columns=remove), train_dataset=dataset, data_collator=collate)
+    trainer.train()
+    extra = set() if remove else {"note", "weight"}
+    assert all(names == {"input_ids", "attention_mask", "labels"} | extra for names in seen)
+    assert trainer.train_dataset is dataset and trainer.data_collator is collate
+
+
+def test_nothing_of_the_users_is_changed(make_trainer, arguments, tokenizer, task):
+    own = copy.deepcopy(tokenizer)
+    own.padding_side = "left"
+    args, callbacks = arguments(), [Spy()]
+    rows = copy.deepcopy(task)
+    dataset = Dataset.from_list(rows)
+
+    def looks():
+        return args.to_dict(), own.backend_tokenizer.to_str(), own.padding_side, own.pad_token, dataset.column_names
+
+    before = copy.deepcopy(looks())
+    make_trainer(args=args, processing_class=own, callbacks=callbacks, train_dataset=dataset).train()
+    assert looks() == before and len(callbacks) == 1 and callbacks[0].steps == [1, 2, 3]
+    assert dataset.to_list() == Dataset.from_list(task).to_list()
+
+
+def test_group_by_length(make_trainer, arguments, task):
+    try:
+        args = arguments(train_sampling_strategy="group_by_length")
+    except TypeError:
+        args = arguments(group_by_length=True)
+    trainer = make_trainer(args=args)
+    sampler = trainer.get_train_dataloader()
+    trainer.train()
+    assert trainer.state.global_step == 3 and sampler is not None
+    with trainer._gere_data(MixedDataset(task, 24), trainer.data_collator):
+        order = list(trainer._get_train_sampler())
+    tasks = [index for index in order if index < len(task)]
+    assert set(tasks) == set(range(len(task)))
+    lengths = [len(task[index]["input_ids"]) for index in tasks[: len(task)]]
+    jumps = sum(abs(a - b) for a, b in itertools.pairwise(lengths))
+    plain = [len(row["input_ids"]) for row in task]
+    assert jumps < sum(abs(a - b) for a, b in itertools.pairwise(plain))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(make_trainer, arguments, reentrant):
+    checkpointed = make_trainer(
+        args=arguments(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}),
+        replay=3,
+    )
+    plain = make_trainer(args=arguments(), replay=3)
+    for trainer in (checkpointed, plain):
+        trainer.train()
+    for ours, theirs in zip(train_logs(checkpointed), train_logs(plain), strict=True):
+        assert ours["gere/tm"] == pytest.approx(theirs["gere/tm"], rel=1e-4, abs=1e-7)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_bf16(make_trainer, arguments):
+    trainer = make_trainer(args=arguments(bf16=True))
+    trainer.train()
+    assert "mixed precision bf16" in trainer._gere.anchor.fields["dtype"]
+    assert all(torch.isfinite(torch.tensor(log["loss"])) for log in train_logs(trainer))
+
+
+def test_model_init(make_trainer, tokenizer, task, general, tmp_path, arguments):
+    trainer = GeReTrainer(
+        model_init=load_tiny, args=arguments(), train_dataset=task, data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer, gere_hidden_state_saving_dir=tmp_path / "gere_saving", num_interpolate_per_batch=2,
+        gere_config=GeReConfig(replay_dataset=general, max_length=48),
+    )  # fmt: skip
+    for _ in range(2):
+        trainer.train()
+        assert train_logs(trainer)[0]["gere/tm"] == 0.0
+
+
+def test_positional_arguments_and_tokenizer(tokenizer, task, general, tmp_path, arguments):
+    settings = {
+        "gere_hidden_state_saving_dir": tmp_path / "gere_saving",
+        "gere_config": GeReConfig(replay_dataset=general, max_length=48),
+    }
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    trainer = GeReTrainer(load_tiny(), arguments(), collator, task, task[:4], tokenizer, **settings)
+    trainer.train()
+    assert "eval_loss" in trainer.evaluate()
+    named = GeReTrainer(load_tiny(), arguments(), collator, task, tokenizer=tokenizer, **settings)
+    assert named.processing_class is tokenizer
+
+
+def test_workers_of_the_data_loader(make_trainer, arguments):
+    logs = []
+    for workers in (0, 2):
+        trainer = make_trainer(args=arguments(dataloader_num_workers=workers))
+        trainer.train()
+        logs.append([(log["loss"], log["gere/tm"]) for log in train_logs(trainer)])
+    assert logs[0] == logs[1]
+
+
+def test_seq2seq_trainer_and_any_other(make_trainer, tokenizer, task, general, tmp_path):
+    class Own(Trainer):
+        calls = 0
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            self.calls += 1
+            assert "labels" in inputs
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    args = Seq2SeqTrainingArguments(
+        str(tmp_path / "out"), per_device_train_batch_size=4, max_steps=2, report_to=[], use_cpu=True,
+        save_strategy="no", logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    for cls in (GeReSeq2SeqTrainer, gere_trainer(Own)):
+        trainer = cls(
+            model=load_tiny(), args=args, train_dataset=task, data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer, num_interpolate_per_batch=2,
+            gere_hidden_state_saving_dir=tmp_path / "gere_saving",
+            gere_config=GeReConfig(replay_dataset=general, max_length=48),
+        )  # fmt: skip
+        trainer.train()
+        assert set(train_logs(trainer)[-1]) >= KEYS
+    assert cls.__name__ == "GeReOwn" and trainer.calls == 2
+
+
+def test_tokens_and_flops_count_both_parts(make_trainer, arguments):
+    trainer = make_trainer(args=arguments(include_num_input_tokens_seen="all", max_steps=1))
+    batches = list(trainer.get_train_dataloader())[:2]
+    trainer.train()
+    assert trainer.state.num_input_tokens_seen == sum(batch["input_ids"].numel() for batch in batches)
+    assert trainer.state.total_flos > 0
+
+
+def test_second_training_of_one_trainer_keeps_the_anchor(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    anchor = trainer._gere.anchor
+    trainer.train()
+    assert trainer._gere.anchor is anchor
+    assert train_logs(trainer)[0]["gere/tm"] > 0, "the model has moved, the anchor has not"
+
+
+def test_saved_model_names_its_anchor_and_a_later_task_finds_it(make_trainer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    first = make_trainer()
+    first.train()
+    first.save_model(str(tmp_path / "task-1"))
+    named = json.loads((tmp_path / "task-1" / "gere_anchor.json").read_text())
+    assert named["anchor"] == first._gere.anchor.key
+    later = make_trainer(model=AutoModelForCausalLM.from_pretrained(tmp_path / "task-1", dtype=torch.float32))
+    later.train()
+    assert later._gere.anchor.key == first._gere.anchor.key
+    assert train_logs(later)[0]["gere/tm"] > 0 and len(list((tmp_path / "gere_saving").glob("anchor-*"))) == 1
+    moved = make_trainer(model=first.model, config={"anchor": first._gere.anchor.key})
+    moved.train()
+    assert moved._gere.anchor.key == first._gere.anchor.key
+
+
+def test_tiny_model_is_the_committed_one():
+    assert load_tiny().num_parameters() < 200_000 and (TINY.parent / "make_llama_tiny_random.py").is_file()
+
+
+def test_another_architecture(make_trainer, tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=768, n_positions=256, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.3, attn_pdrop=0.3
+    )
+    trainer = make_trainer(model=GPT2LMHeadModel(config), replay=4)
+    trainer.model.train()
+    trainer.train()
+    assert trainer._gere.anchor.dim == 32
+    replay = trainer._gere._collator.replay_batch([0, 1])
+    assert replay["packed_regions"].shape[-1] == 8

@@ -58,7 +58,9 @@ class ReplayObjective:
             if self._bands is None:
                 return ce.sum(), _totals(sums)
             state = reader.state
-            lower, upper, tolerance = (band.to(state.device) for band in self._bands)
+            if self._bands.lower.device != state.device:
+                self._bands = Bands(*(band.to(state.device) for band in self._bands))
+            lower, upper, tolerance = self._bands
             region = unpack(batch["packed_regions"], state.shape[-1])
             margin = margin_sums(state, region, lower, upper, mask, tolerance)
         drifted = margin.violated > self._noise_share * margin.elements
@@ -119,8 +121,7 @@ class BaseModel:
     """The base model as a function of replay rows: eval mode, no gradient, adapter disabled, training's autocast.
 
     Args:
-        model: The wrapped model.
-        inner: The model without its distributed wrapper.
+        model: The model without its distributed wrapper.
         pad_id: Padding token.
         device: Where the model is.
         autocast: Makes the context in which training computes.
@@ -129,13 +130,11 @@ class BaseModel:
     def __init__(
         self,
         model: nn.Module,
-        inner: nn.Module,
         pad_id: int,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self._model = model
-        self._inner: Any = inner
+        self._model: Any = model
         self._pad_id = pad_id
         self._device = device
         self._autocast = autocast
@@ -146,7 +145,7 @@ class BaseModel:
         """States and cross-entropies of rows of token ids."""
         batch = {name: part.to(self._device) for name, part in pad_rows(rows, self._pad_id).items()}
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        reader = StateReader(self._inner)
+        reader = StateReader(self._model)
         with self._as_base(), reader.reading():
             if not self._checked:
                 self._check(reader, ids[:1], mask[:1])
@@ -158,13 +157,13 @@ class BaseModel:
 
     def _as_base(self) -> ExitStack:
         stack = ExitStack()
-        training = self._inner.training
-        stack.callback(self._inner.train, training)
-        self._inner.eval()
+        training = self._model.training
+        stack.callback(self._model.train, training)
+        self._model.eval()
         stack.enter_context(torch.no_grad())
         stack.enter_context(self._autocast())
-        if hasattr(self._inner, "disable_adapter"):
-            stack.enter_context(self._inner.disable_adapter())
+        if hasattr(self._model, "disable_adapter"):
+            stack.enter_context(self._model.disable_adapter())
         return stack
 
     def _check(self, reader: StateReader, ids: Tensor, mask: Tensor) -> None:
@@ -175,7 +174,7 @@ class BaseModel:
         if gap > TOLERATED_HOOK_DIFFERENCE:
             raise UnsupportedModelError(
                 "The state that the decoder gives is not the last hidden state.",
-                where=type(self._inner).__name__,
+                where=type(self._model).__name__,
                 expected="equal tensors",
                 found=f"a largest difference of {gap:g}",
                 fix="Use a Hugging Face causal language model whose head reads the decoder's output.",
@@ -185,7 +184,7 @@ class BaseModel:
 
     def _plain_head(self, state: Tensor, logits: Tensor, ids: Tensor, mask: Tensor) -> nn.Module | None:
         """The head, if the logits are its output unchanged (no soft cap, no scale) and can be left out."""
-        head = self._inner.get_output_embeddings() if hasattr(self._inner, "get_output_embeddings") else None
+        head = self._model.get_output_embeddings() if hasattr(self._model, "get_output_embeddings") else None
         if head is None or head(state).shape != logits.shape or not torch.equal(head(state).to(logits), logits):
             return None
         try:

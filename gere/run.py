@@ -29,14 +29,12 @@ class ReadyModel(NamedTuple):
     """The model as the trainer prepared it.
 
     Attributes:
-        wrapped: What training calls.
-        inner: The same without its distributed wrapper.
+        inner: The model without its distributed wrapper, which one process can call alone.
         device: Where it is.
         autocast: Makes the context in which training computes.
         precision: Mixed precision of training, such as `"no"` or `"bf16"`.
     """
 
-    wrapped: nn.Module
     inner: nn.Module
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]]
@@ -119,6 +117,7 @@ class ReplayRun:
         replay = self.replay_set(tokenizer)
         if self.anchor is None:
             self.anchor = self._resolve(model, replay, resumed, progress)
+        self.meters = Meters()
         self._objective = ReplayObjective(self.w_strategy, self.config.normalization, self.anchor)
         self._reader = StateReader(model.inner)
         if self._collator is not None:
@@ -163,7 +162,7 @@ class ReplayRun:
             )
 
         def build(folder: Path) -> None:
-            base = BaseModel(model.wrapped, model.inner, replay.pad_id, model.device, model.autocast)
+            base = BaseModel(model.inner, replay.pad_id, model.device, model.autocast)
             build_anchor(folder, self._plan(fields, replay), base, progress=progress)
 
         return open_or_build(self.folder, fields, build, reuse=self.reuse)

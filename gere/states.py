@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from gere.errors import UnsupportedModelError
 
+SHIFTING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-def refuse_encoder_decoder(model: nn.Module) -> None:
-    """Refuse models for which the replay of plain text is not defined.
+
+def refuse_unanchorable(model: nn.Module) -> None:
+    """Refuse models that replay of plain text is not defined for, or whose base is no longer there.
 
     Raises:
-        UnsupportedModelError: If the model is an encoder-decoder.
+        UnsupportedModelError: If the model is an encoder-decoder, or its adapter took a part of the base weights.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -25,6 +27,17 @@ def refuse_encoder_decoder(model: nn.Module) -> None:
             found="an encoder-decoder model",
             fix="Train a causal language model, or use the plain Trainer for this one.",
         )
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        init = getattr(config, "init_lora_weights", True)
+        if isinstance(init, str) and init.lower().startswith(SHIFTING_INITS):
+            raise UnsupportedModelError(
+                "The adapter was initialised by moving a part of the base weights into it, so that the model with its "
+                "adapter disabled is not the base model.",
+                where=f"adapter {name!r}",
+                expected="init_lora_weights that leaves the base weights alone, such as True or 'gaussian'",
+                found=repr(init),
+                fix="Use the default initialisation.",
+            )
 
 
 def base_module(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from gere.collator import REPLAY, ROWS, TASK, MixedDataset
 from gere.config import GeReConfig
 from gere.run import ReadyModel, ReplayRun
 from gere.sampler import BatchInsertionSampler, parent_order
-from gere.states import refuse_encoder_decoder
+from gere.states import refuse_unanchorable
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Parent
@@ -62,7 +62,7 @@ class GeReMixin(_Parent):
         )
         super().__init__(*args, **_compat.with_processing_class(super().__init__, kwargs))
         if self._gere.active:
-            refuse_encoder_decoder(self.model)
+            refuse_unanchorable(self.model)
             self.add_callback(AnchorCallback(self._gere_prepare))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +146,6 @@ class GeReMixin(_Parent):
 
     def _gere_prepare(self, resumed: bool) -> None:
         model = ReadyModel(
-            wrapped=self.model_wrapped,
             inner=self.accelerator.unwrap_model(self.model_wrapped),
             device=self.args.device,
             autocast=self.accelerator.autocast,

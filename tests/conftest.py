@@ -38,6 +38,12 @@ def encode(tokenizer, row: dict) -> dict:
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(prompt) + answer}
 
 
+@pytest.fixture(autouse=True)
+def own_precision(monkeypatch):
+    """`TrainingArguments(bf16=True)` of transformers 4 leaves its precision in the environment of later tests."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(TINY)

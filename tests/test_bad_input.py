@@ -169,7 +169,12 @@ def changed_weights():
     return model
 
 
-def test_each_field_that_differs_is_refused_by_name(make_trainer, general, tokenizer, arguments, tmp_path):
+def test_another_precision_is_refused_by_name(make_trainer, arguments):
+    make_trainer().train()
+    refused(make_trainer(args=arguments(bf16=True)), CacheMismatchError, "dtype")
+
+
+def test_each_field_that_differs_is_refused_by_name(make_trainer, general, tokenizer, tmp_path):
     make_trainer().train()
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["<new>"])
@@ -179,14 +184,11 @@ def test_each_field_that_differs_is_refused_by_name(make_trainer, general, token
         ("tokenizer",): {"processing_class": other},
         ("max_length", "input_ids"): {"config": {"max_length": 47}},
         ("bands",): {"config": {"band_width": 1.5}},
-        ("dtype",): {"args": {"bf16": True}},
     }
     for fields, changes in cases.items():
         if "texts" in fields:
             make_trainer(config={"max_length": 400}, gere_hidden_state_saving_dir=tmp_path / "long").train()
             changes["gere_hidden_state_saving_dir"] = tmp_path / "long"
-        if "args" in changes:
-            changes["args"] = arguments(**changes["args"])
         trainer = make_trainer(**changes)
         refused(trainer, CacheMismatchError, fields[0])
         with pytest.raises(CacheMismatchError) as caught:

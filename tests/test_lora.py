@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from test_trainer import KEYS, train_logs
 
 from gere.cache.fingerprint import architecture_digest, weights_digest
+from gere.errors import UnsupportedModelError
 
 
 def with_lora(**changes):
@@ -45,6 +46,11 @@ def test_a_trained_adapter_still_means_the_base(make_trainer, arguments):
     again.train()
     assert again._gere.anchor.key == trainer._gere.anchor.key
     assert train_logs(again)[0]["gere/tm"] == 0.0
+
+
+def test_an_adapter_that_takes_base_weights_is_refused(make_trainer):
+    with pytest.raises(UnsupportedModelError, match=r"init_lora_weights[\s\S]*'pissa'"):
+        make_trainer(model=with_lora(init_lora_weights="pissa"))
 
 
 @pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": "all-linear"}])

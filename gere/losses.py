@@ -79,7 +79,6 @@ def margin_sums(
     real = mask.bool().unsqueeze(-1)
     current = state if state.dtype == torch.float64 else state.float()
     lower, upper = lower.to(current), upper.to(current)
-    current = torch.where(real, current, lower)  # a NaN in the padding must not reach the gradient
     ceiling = torch.where(region < 0, lower, torch.where(region > 0, torch.inf, upper))
     ground = torch.where(region > 0, upper, torch.where(region < 0, -torch.inf, lower))
     margin = F.relu(current - ceiling) + F.relu(ground - current)

@@ -88,6 +88,7 @@ def test_ce_equals_oracle(seed):
     b, t, v = rng.integers(1, 5), rng.integers(1, 12), rng.integers(2, 30)
     logits, ids = rng.normal(size=(b, t, v)) * 3, rng.integers(0, v, (b, t))
     mask = np.arange(t)[None] < rng.integers(0, t + 1, b)[:, None]
+    mask = mask[:, ::-1].copy() if seed % 2 else mask  # padding on the left
     expected = oracle_ce(logits, ids, mask)
     for chunk in (1, 7, 1024):
         found = next_token_ce(torch.from_numpy(logits), torch.from_numpy(ids), torch.from_numpy(mask), chunk)

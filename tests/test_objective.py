@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from test_losses import oracle_ce, oracle_margin
 from transformers import DataCollatorForSeq2Seq, Trainer
 
 from gere import GeReTrainer
+from gere.cache import Bands, pack, regions
 from gere.collator import REPLAY, ROWS, TASK, MixedCollator, ReplayRow, TaskRow
-from gere.objective import StepShare
+from gere.objective import ReplayObjective, StepShare
+from gere.states import StateReader
 
 SPLITS = [(16, 1), (8, 2), (4, 4), (1, 16)]  # accumulation steps x rows of a micro-batch
 
@@ -111,6 +114,24 @@ def test_rounding_noise_of_bf16_is_kept_out(make_trainer, arguments, w):
     first = trainer.state.log_history[0]
     share = first["gere/weight"] * first["gere/tm"] / first["loss"]
     assert share < 1e-3
+
+
+@pytest.mark.parametrize(("noise", "violated", "counts"), [(0.1, 1, False), (0.1, 4, True), (0.0, 1, True)])
+def test_single_violations_of_a_row_are_noise_in_16_bits_only(model, noise, violated, counts):
+    ids = torch.arange(3, 203)[None]
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        state = model(ids, output_hidden_states=True).hidden_states[-1]
+    bands = Bands(torch.full((64,), -1.0), torch.full((64,), 1.0), torch.full((64,), noise))
+    region = regions(state, bands.lower, bands.upper)
+    outside = (state.abs() > 1.5).nonzero()[:violated]
+    region[tuple(outside.T)] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "packed_regions": pack(region), "base_ce": torch.zeros(1)}
+    objective = ReplayObjective(1.0, "violations", SimpleNamespace(dim=64, bands=bands))
+    loss, sums = objective(model, StateReader(model), batch)
+    assert sums["violated"] == violated and sums["elements"] == 200 * 64
+    assert (sums["tm"] > 0.5) == counts and loss.requires_grad
+    assert loss.item() == pytest.approx(sums["ce"].item() + sums["tm"].item())
 
 
 def test_only_task_rows_give_the_parents_loss_bit_for_bit(make_trainer, task, tokenizer):

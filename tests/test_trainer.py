@@ -14,6 +14,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, Train
 
 from gere import GeReConfig, GeReSeq2SeqTrainer, GeReTrainer, gere_trainer
 from gere.collator import MixedDataset
+from gere.objective import BaseModel
 
 KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
 
@@ -260,16 +261,46 @@ def test_tiny_model_is_the_committed_one():
     assert load_tiny().num_parameters() < 200_000 and (TINY.parent / "make_llama_tiny_random.py").is_file()
 
 
-def test_another_architecture(make_trainer, tokenizer):
+def gpt2_with_dropout():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=768, n_positions=256, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.3, attn_pdrop=0.3
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=768, n_positions=256, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.3)
     )
-    trainer = make_trainer(model=GPT2LMHeadModel(config), replay=4)
-    trainer.model.train()
+
+
+def test_another_architecture(make_trainer):
+    trainer = make_trainer(model=gpt2_with_dropout(), replay=4)
     trainer.train()
     assert trainer._gere.anchor.dim == 32
     replay = trainer._gere._collator.replay_batch([0, 1])
     assert replay["packed_regions"].shape[-1] == 8
+
+
+def test_base_model_is_evaluated_without_dropout_and_left_in_its_mode():
+    model, rows = gpt2_with_dropout().train(), [[5, 6, 7, 8], [9, 10]]
+    base = BaseModel(model, 0, torch.device("cpu"))
+    first, second = base(rows), base(rows)
+    assert model.training and model.transformer.drop.training
+    assert torch.equal(first.state, second.state) and torch.equal(first.ce, second.ce)
+    assert not first.state.requires_grad
+    with torch.no_grad():
+        outputs = model.eval()(torch.tensor(rows[:1]), labels=torch.tensor(rows[:1]), output_hidden_states=True)
+    torch.testing.assert_close(first.state[0], outputs.hidden_states[-1][0])
+    torch.testing.assert_close(first.ce[0], outputs.loss)
+
+
+def test_scaled_or_capped_logits_are_not_taken_from_the_head_alone():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=768, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5,
+    )  # fmt: skip
+    model, row = Gemma2ForCausalLM(config).eval(), [5, 6, 7, 8]
+    ce = BaseModel(model, 0, torch.device("cpu"))([row]).ce
+    with torch.no_grad():
+        expected = model(torch.tensor([row]), labels=torch.tensor([row])).loss
+    torch.testing.assert_close(ce[0], expected)

@@ -284,6 +284,41 @@ def test_nothing_is_evaluated_twice_after_a_kill(tmp_path):
         assert path.read_bytes() == (tmp_path / "anchor-killed" / path.name).read_bytes()
 
 
+def test_a_write_torn_at_any_place_is_gone_on_from(tmp_path, monkeypatch):
+    plan = plan_of(toy_rows(40))
+    monkeypatch.setattr("gere.cache.build.PART_BYTES", 4 * DIM * 200)
+    build_anchor(tmp_path / "anchor-whole", plan, ToyModel(), progress=False)
+    opened = Path.open
+
+    def torn_at(number):
+        left = itertools.count(number, -1)
+
+        def tear(self, mode="r", *arguments, **keywords):
+            stream = opened(self, mode, *arguments, **keywords)
+            if mode == "wb" and next(left) == 0:
+                stream.write(b"half of it")
+                stream.close()
+                raise OSError(errno.EIO, "torn")
+            return stream
+
+        return tear
+
+    names = sorted(path.name for path in (tmp_path / "anchor-whole").iterdir())
+    for number in itertools.count():
+        folder = tmp_path / f"anchor-{number}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", torn_at(number))
+            try:
+                build_anchor(folder, plan, ToyModel(), progress=False)
+                break
+            except CacheFolderError:
+                assert not folder.exists()
+        build_anchor(folder, plan, ToyModel(), progress=False)
+        for name in names:
+            assert (folder / name).read_bytes() == (tmp_path / "anchor-whole" / name).read_bytes()
+    assert number >= 1 + 4 + len(names), "the noise, four parts, and every file of the anchor were torn once"
+
+
 def test_a_damaged_part_is_refused_and_not_repaired(tmp_path):
     partial = tmp_path / "anchor-a.partial"
     partial.mkdir()

@@ -52,6 +52,15 @@ def step_gradient(trainer, model, batches):
     return loss, gradient
 
 
+def with_longer_answers(task):
+    """The same rows with different numbers of tokens to learn."""
+    rows = []
+    for number, row in enumerate(task):
+        kept = row["labels"].count(-100) - 3 * (number % 5)
+        rows.append({**row, "labels": [-100] * kept + row["input_ids"][kept:]})
+    return rows
+
+
 def rows_of_a_step(task, count_task=11, count_replay=5):
     return [TaskRow(row) for row in task[:count_task]] + [ReplayRow(index) for index in range(count_replay)]
 
@@ -62,9 +71,10 @@ def rows_of_a_step(task, count_task=11, count_replay=5):
 def test_gradient_does_not_depend_on_the_split(make_trainer, task, tokenizer, w, normalization, counted):
     trainer = anchored(make_trainer, w=w, config={"normalization": normalization})
     trainer.model_accepts_loss_kwargs = counted
-    rows = rows_of_a_step(task)
-    # A parent that does not count tokens averages over a micro-batch; with answers of one length that is the same.
-    assert len({sum(label != -100 for label in row["labels"]) for row in task[:11]}) == 1
+    # A parent that does not count tokens averages over a micro-batch: its rows have answers of one length here.
+    rows = rows_of_a_step(with_longer_answers(task) if counted else task)
+    lengths = {sum(label != -100 for label in row.content["labels"]) for row in rows[:11]}
+    assert len(lengths) == (5 if counted else 1)
     results = []
     for steps, micro in SPLITS:
         collate = trainer._gere._collator
@@ -79,6 +89,7 @@ def test_gradient_does_not_depend_on_the_split(make_trainer, task, tokenizer, w,
 def test_loss_of_a_step_equals_the_definition(make_trainer, task, tokenizer):
     """L = T/B L_task + 1/B sum (CE_i + w D_i), each part computed by other means."""
     trainer = anchored(make_trainer, w=3.0)
+    task = with_longer_answers(task)
     rows = rows_of_a_step(task)
     model = drifted()
     loss, _ = step_gradient(trainer, model, [trainer._gere._collator(rows[i : i + 4]) for i in range(0, 16, 4)])

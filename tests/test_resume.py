@@ -102,6 +102,8 @@ def test_resume_at_every_step_of_three_epochs(make_trainer, arguments, task, tmp
     first.train()
     whole, steps = list(rows_seen), first.state.global_step
     assert steps == first.state.max_steps and len(whole) == 2 * steps
+    third = len(whole) // 3
+    assert whole[:third] != whole[third : 2 * third] != whole[2 * third :], "each epoch has an order of its own"
     for step in range(1, steps):
         rows_seen.clear()
         resumed = trainer()

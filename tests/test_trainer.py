@@ -112,6 +112,7 @@ def test_kinds_of_datasets_with_extra_columns(make_trainer, arguments, task, tok
 def test_nothing_of_the_users_is_changed(make_trainer, arguments, tokenizer, task):
     own = copy.deepcopy(tokenizer)
     own.padding_side = "left"
+    own(["some text"], truncation=True, max_length=5, padding="max_length")  # leaves its state in the tokenizer
     args, callbacks = arguments(), [Spy()]
     rows = copy.deepcopy(task)
     dataset = Dataset.from_list(rows)

@@ -67,7 +67,7 @@ def encode_task(row: dict[str, Any], tokenizer: Any, length: int) -> dict[str, l
     """Only the answer is learned; a long prompt loses its beginning."""
     prompt = tokenizer(row.get("instruction", "") + row["input"])["input_ids"]
     answer = tokenizer(" " + row["output"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    prompt = prompt[-(length - len(answer)) :]
+    prompt = prompt[max(0, len(prompt) + len(answer) - length) :]
     ids = prompt + answer
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(prompt) + answer}
 

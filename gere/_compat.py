@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch.utils.data import BatchSampler
 
 from gere.errors import UnsupportedSettingError
@@ -41,12 +40,17 @@ def data_parallel_size(trainer: Any) -> int:
     return int(trainer.accelerator.num_processes // max(1, size))
 
 
-def over_ranks(trainer: Any, counts: Sequence[int]) -> list[int]:
-    """Sum counts over the ranks; no communication on one process."""
-    if trainer.accelerator.num_processes == 1:
-        return list(counts)
-    local = torch.tensor(counts, device=trainer.args.device)
-    return [int(count) for count in trainer.accelerator.reduce(local, reduction="sum").tolist()]
+def count_items(trainer: Any, collect: Any, tasks: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+    """Tokens of the task rows of a step, as the parent counts them; `None` if its loss does not use them.
+
+    Before transformers 5, label smoothing ignores the count, and the trainer leaves out the division all the same.
+    """
+    smoother = getattr(trainer, "label_smoother", None)
+    if smoother is not None and "num_items_in_batch" not in inspect.signature(smoother.__call__).parameters:
+        return None
+    if hasattr(trainer, "_get_num_items_in_batch"):
+        return trainer._get_num_items_in_batch(list(tasks), *args, **kwargs)
+    return collect(iter(tasks), len(tasks), *args, **kwargs)[1]
 
 
 def without_unused_columns(trainer: Any) -> tuple[Any, Any]:
@@ -65,7 +69,7 @@ def refuse_settings(trainer: Any) -> None:
     """
     accelerator = trainer.accelerator
     loader = accelerator.dataloader_config
-    several = accelerator.num_processes > 1
+    kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]
     problems = (
         (
             not hasattr(trainer.train_dataset, "__len__"),
@@ -81,11 +85,12 @@ def refuse_settings(trainer: Any) -> None:
         ),
         (bool(loader.split_batches), "accelerator_config.split_batches", "False", "Leave it out."),
         (bool(loader.dispatch_batches), "accelerator_config.dispatch_batches", "False or None", "Leave it out."),
+        (kind != "NO" and not kind.startswith("MULTI_"), kind, "one process, or DDP", "Use DDP."),
         (
-            several and str(accelerator.distributed_type).rsplit(".", 1)[-1] not in ("MULTI_GPU", "MULTI_CPU"),
-            f"{accelerator.distributed_type}",
-            "one process, or DDP",
-            "Use DDP, or strategy 'none'.",
+            bool(getattr(trainer, "is_model_parallel", False)),
+            "device_map",
+            "the whole model on one device",
+            "Load the model without device_map.",
         ),
         (
             getattr(trainer.args, "train_sampling_strategy", "") == "batch_rebalance",

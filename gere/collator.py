@@ -38,12 +38,16 @@ class MixedDataset(Dataset[TaskRow | ReplayRow]):
     Args:
         task: Map-style dataset of task rows.
         num_replay: Number of replay rows.
+
+    Attributes:
+        total_dataset_length: Rows that the sampler gives in an epoch; accelerate reads it to know the last batch.
     """
 
     def __init__(self, task: Any, num_replay: int) -> None:
         self.task = task
         self.num_task = len(task)
         self.num_replay = num_replay
+        self.total_dataset_length = len(self)
 
     def __len__(self) -> int:
         """Task rows and replay rows together."""

@@ -34,7 +34,7 @@ def general_loss(
         ReplaySetError: If no text has two tokens.
     """
     encoded = copy.deepcopy(tokenizer)(list(texts), verbose=False)["input_ids"]
-    rows = [list(ids)[:max_length] for ids in encoded if len(ids) > 1]
+    rows = [row for row in (list(ids)[:max_length] for ids in encoded) if len(row) > 1]
     if not rows:
         raise ReplaySetError(
             "There is no general text to evaluate on.",
@@ -47,11 +47,13 @@ def general_loss(
     training = model.training
     model.eval()
     total = 0.0
-    with torch.no_grad():
-        for batch in batches_by_length(rows, batch_tokens):
-            part = {name: values.to(device) for name, values in pad_rows([rows[row] for row in batch], 0).items()}
-            ce = next_token_ce(model(**part, use_cache=False).logits, part["input_ids"], part["attention_mask"])
-            predicted = part["attention_mask"].sum(dim=1) - 1
-            total += float((ce.double() * predicted).sum())
-    model.train(training)
+    try:
+        with torch.no_grad():
+            for batch in batches_by_length(rows, batch_tokens):
+                part = {name: values.to(device) for name, values in pad_rows([rows[row] for row in batch], 0).items()}
+                ce = next_token_ce(model(**part, use_cache=False).logits, part["input_ids"], part["attention_mask"])
+                predicted = part["attention_mask"].sum(dim=1) - 1
+                total += float((ce * predicted).cpu().double().sum())
+    finally:
+        model.train(training)
     return total / sum(len(row) - 1 for row in rows)

@@ -108,7 +108,7 @@ def next_token_ce(logits: Tensor, input_ids: Tensor, mask: Tensor, chunk_tokens:
         | `mask` | [b, t], bool or int | 1 for real tokens, 0 for padding on either side |
 
     Args:
-        logits: Logits of the current model.
+        logits: Logits of the current model; those of the last position may be left out.
         input_ids: Token ids.
         mask: Real tokens.
         chunk_tokens: Tokens whose logits are held in float32 at one time.
@@ -124,18 +124,15 @@ def next_token_ce(logits: Tensor, input_ids: Tensor, mask: Tensor, chunk_tokens:
         tensor([2.0794])
     """
     real = mask.bool()
-    predicted = real[:, 1:] & real[:, :-1]
-    targets = input_ids[:, 1:].masked_fill(~predicted, -100)
-    width = max(1, chunk_tokens // max(1, logits.shape[0]))
-    starts = range(0, targets.shape[1], width)
-    total = logits[:, :0].float().sum(dim=(1, 2))  # zeros with a graph, also for rows of one token
-    for start in starts:
-        stop = min(start + width, targets.shape[1])
-        chunk = (logits[:, start:stop], targets[:, start:stop])
-        if len(starts) == 1:
-            total = total + _ce_sum(*chunk)
-        else:
-            total = total + checkpoint(_ce_sum, *chunk, use_reentrant=False, preserve_rng_state=False)
+    predicted = F.pad(real[:, 1:] & real[:, :-1], (0, 1))[:, : logits.shape[1]]
+    targets = F.pad(input_ids[:, 1:], (0, 1))[:, : logits.shape[1]].masked_fill(~predicted, -100)
+    width = max(1, chunk_tokens // max(1, len(logits)))
+    chunks = list(zip(logits.split(width, dim=1), targets.split(width, dim=1), strict=True))
+    if len(chunks) == 1:
+        total = _ce_sum(*chunks[0])
+    else:
+        totals = [checkpoint(_ce_sum, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        total = torch.stack(totals).sum(dim=0)
     return total / predicted.sum(dim=1).clamp(min=1)
 
 

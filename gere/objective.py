@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal, NamedTuple
@@ -13,13 +14,12 @@ from gere.cache import Anchor, Bands, Distilled, unpack
 from gere.collator import pad_rows
 from gere.errors import UnsupportedModelError
 from gere.losses import Normalization, margin_sums, next_token_ce, normalize_margin, row_weight
-from gere.states import StateReader
+from gere.states import StateReader, adapters_disabled
 
 TOLERATED_HOOK_DIFFERENCE = 1e-6
 # Rounding in 16 bits moves single elements over their bands by more than the tolerance that was measured. A row with
 # so few violations has not drifted: training violates hundreds of times as many.
-LOW_PRECISION_NOISE = 1e-2
-NOISE_SHARE = 1e-4
+NOISE_SHARE_16_BITS = 1e-4
 
 
 class ReplayObjective:
@@ -35,7 +35,7 @@ class ReplayObjective:
         self.w_strategy = w_strategy
         self.normalization = normalization
         self._bands = anchor.bands if anchor.dim else None
-        self._noise_share = NOISE_SHARE if self._bands is not None and _low_precision(self._bands) else 0.0
+        self._noise_share = NOISE_SHARE_16_BITS if re.search(r"(bf|fp|float)16", anchor.fields["dtype"]) else 0.0
 
     def __call__(
         self, model: nn.Module, reader: StateReader, batch: Mapping[str, Tensor]
@@ -108,11 +108,6 @@ class StepShare(NamedTuple):
         return 1.0 if self.divisor is None else rows_here * self.ranks / self.task_rows
 
 
-def _low_precision(bands: Bands) -> bool:
-    sigma = (bands.upper - bands.lower) / 2
-    return bool((bands.tolerance > LOW_PRECISION_NOISE * sigma).any())
-
-
 def _totals(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: values.sum() for name, values in sums.items()}
 
@@ -162,8 +157,7 @@ class BaseModel:
         self._model.eval()
         stack.enter_context(torch.no_grad())
         stack.enter_context(self._autocast())
-        if hasattr(self._model, "disable_adapter"):
-            stack.enter_context(self._model.disable_adapter())
+        stack.enter_context(adapters_disabled(self._model))
         return stack
 
     def _check(self, reader: StateReader, ids: Tensor, mask: Tensor) -> None:

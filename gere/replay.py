@@ -78,7 +78,7 @@ def load_texts(config: GeReConfig, cache_folder: Path) -> list[str]:
             texts = _read_file(path, config.replay_column)
         else:
             texts = _read_hub(str(source), config, cache_folder)
-    elif hasattr(source, "column_names"):
+    elif hasattr(source, "column_names") and hasattr(source, "__len__") and not isinstance(source, dict):
         texts = _column(source, config.replay_column, "the datasets.Dataset")
     elif isinstance(source, Sequence):
         texts = list(source)
@@ -86,11 +86,11 @@ def load_texts(config: GeReConfig, cache_folder: Path) -> list[str]:
         raise ReplaySetError(
             "The replay set cannot be read from this.",
             where="gere_config.replay_dataset",
-            expected="a path, a hub name, a datasets.Dataset or a list of strings",
+            expected="a path, a hub name, a datasets.Dataset (one split, not streamed) or a list of strings",
             found=type(source).__name__,
             fix=WAYS_ON,
         )
-    return _checked(texts, config)
+    return _checked(texts, config.replay_size)
 
 
 def tokenize(texts: Sequence[str], tokenizer: Any, config: GeReConfig) -> list[list[int]]:
@@ -156,7 +156,7 @@ def _read_file(path: Path, column: str) -> list[Any]:
             return _column(Dataset.from_parquet(str(path)), column, str(path))
         content = path.read_text(encoding="utf-8")
         if path.suffix == ".txt":
-            return [line for line in content.splitlines() if line.strip()]
+            return [line.rstrip("\r") for line in content.split("\n") if line.strip()]
         records = json.loads(content) if path.suffix == ".json" else _json_lines(content)
         if not isinstance(records, list):
             raise ValueError(f"a JSON {type(records).__name__} where a list of texts or records is expected")
@@ -205,8 +205,8 @@ def _read_hub(name: str, config: GeReConfig, cache_folder: Path) -> list[str]:
     identity = {"name": name, "split": config.replay_split, "column": config.replay_column, "size": size}
     kept = cache_folder / f"replay-{sha256(canonical_json(identity))[:16]}.jsonl"
     if kept.is_file():
-        return [record["text"] for record in _json_lines(kept.read_text(encoding="utf-8"))]
-    texts = _stream(name, config, size)
+        return _read_file(kept, "text")
+    texts = _checked(_stream(name, config, size), size)
     make_folder(cache_folder)
     lines = [json.dumps({"text": text, **identity}, ensure_ascii=False) for text in texts]
     write_atomic(kept, ("\n".join(lines) + "\n").encode("utf-8", "surrogatepass"))
@@ -219,7 +219,9 @@ def _stream(name: str, config: GeReConfig, size: int) -> list[str]:
     texts: list[str] = []
     try:
         for row, record in enumerate(load_dataset(name, split=config.replay_split, streaming=True)):
-            texts.append(_text_of(record, config.replay_column, f"{name}, record {row}"))
+            text = _text_of(record, config.replay_column, f"{name}, record {row}")
+            if isinstance(text, str) and len(text.split()) > 1:  # nobody can drop the empty rows of a hub set
+                texts.append(text)
             if len(texts) == size:
                 break
     except ReplaySetError:
@@ -235,8 +237,7 @@ def _stream(name: str, config: GeReConfig, size: int) -> list[str]:
     return texts
 
 
-def _checked(texts: list[Any], config: GeReConfig) -> list[str]:
-    wanted = config.replay_size
+def _checked(texts: list[Any], wanted: int | None) -> list[str]:
     if not texts or (wanted is not None and len(texts) < wanted):
         raise ReplaySetError(
             "The replay set is empty." if not texts else "The replay set is shorter than asked.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ from gere.cache.files import canonical_json, write_atomic
 from gere.cache.fingerprint import architecture_digest, weights_digest
 from gere.collator import MixedCollator
 from gere.config import GeReConfig, parse_replay_per_batch, parse_weight
-from gere.errors import CacheCorruptError, CacheMissingError
+from gere.errors import CacheCorruptError, CacheMissingError, ReplaySetError
 from gere.meters import Meters
 from gere.objective import BaseModel, ReplayObjective, StepShare
 from gere.replay import ReplaySet, load_replay_set
-from gere.states import StateReader
+from gere.states import StateReader, is_adapted
 
 ANCHOR_FILE = "gere_anchor.json"
 
@@ -32,18 +32,22 @@ class ReadyModel(NamedTuple):
         inner: The model without its distributed wrapper, which one process can call alone.
         device: Where it is.
         autocast: Makes the context in which training computes.
-        precision: Mixed precision of training, such as `"no"` or `"bf16"`.
+        precision: Precision of training, such as `"mixed precision bf16"`.
+        fresh: Whether the trainer made the model anew for this training.
+        main: Whether this process builds what the others open.
     """
 
     inner: nn.Module
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]]
     precision: str
+    fresh: bool
+    main: bool
 
     @property
     def adapted(self) -> bool:
         """Whether an adapter is trained, so that the base model is still there."""
-        return hasattr(self.inner, "disable_adapter")
+        return is_adapted(self.inner)
 
 
 class ReplayRun:
@@ -103,7 +107,7 @@ class ReplayRun:
     def prepare(self, model: ReadyModel, tokenizer: Any, *, resumed: bool, progress: bool) -> None:
         """Open or build the anchor.
 
-        A second `train()` of the same trainer keeps the anchor of the first, since the weights have moved.
+        A second `train()` of the same model keeps the anchor of the first, since the weights have moved.
 
         Args:
             model: The model that is about to be trained.
@@ -115,7 +119,8 @@ class ReplayRun:
             CacheError: If the anchor is missing, damaged, or belongs to something else.
         """
         replay = self.replay_set(tokenizer)
-        if self.anchor is None:
+        _require_fit(model.inner, replay)
+        if self.anchor is None or resumed or model.fresh:
             self.anchor = self._resolve(model, replay, resumed, progress)
         self.meters = Meters()
         self._objective = ReplayObjective(self.w_strategy, self.config.normalization, self.anchor)
@@ -123,8 +128,15 @@ class ReplayRun:
         if self._collator is not None:
             self._collator.anchor = self.anchor
 
-    def begin_step(self, task_rows: int, replay_rows: int, ranks: int, divisor: int | None) -> None:
-        """Note the rows of the optimizer step that follows; see `StepShare`."""
+    def begin_step(self, rows: Sequence[tuple[int, int]], ranks: int, divisor: int | None) -> None:
+        """Note the rows of the optimizer step that follows.
+
+        Args:
+            rows: Task rows and replay rows of each micro-batch on this rank; every rank has as many of each.
+            ranks: Number of ranks.
+            divisor: As in `StepShare`.
+        """
+        task_rows, replay_rows = (ranks * sum(counts) for counts in zip(*rows, strict=True))
         self.share = StepShare(task_rows, replay_rows, ranks, divisor)
         if task_rows:
             self.meters.step()
@@ -149,7 +161,7 @@ class ReplayRun:
 
     def _resolve(self, model: ReadyModel, replay: ReplaySet, resumed: bool, progress: bool) -> Anchor:
         key = self._named_key(model, resumed)
-        fields = self._fields(model, replay, weights_moved=key is not None and not model.adapted)
+        fields = self._fields(model, replay, weights_moved=key is not None)
         if key is not None:
             return open_named(self.folder, key, fields)
         if resumed:
@@ -165,7 +177,7 @@ class ReplayRun:
             base = BaseModel(model.inner, replay.pad_id, model.device, model.autocast)
             build_anchor(folder, self._plan(fields, replay), base, progress=progress)
 
-        return open_or_build(self.folder, fields, build, reuse=self.reuse)
+        return open_or_build(self.folder, fields, build, reuse=self.reuse or not model.main)
 
     def _plan(self, fields: Mapping[str, str], replay: ReplaySet) -> BuildPlan:
         return BuildPlan(
@@ -184,7 +196,7 @@ class ReplayRun:
         if resumed:
             return _read_key(self.checkpoint)
         loaded_from = getattr(getattr(model.inner, "config", None), "_name_or_path", "")
-        return _read_key(Path(loaded_from)) if loaded_from and self.reuse and not model.adapted else None
+        return _read_key(Path(loaded_from)) if loaded_from and self.reuse else None
 
     def _fields(self, model: ReadyModel, replay: ReplaySet, *, weights_moved: bool) -> dict[str, str]:
         """What the anchor depends on, in the order in which a difference is reported."""
@@ -197,8 +209,28 @@ class ReplayRun:
             **weights,
             **replay.fields,
             **({"bands": bands} if self.config.replay_strategy == "tm" else {}),
-            "dtype": f"{getattr(model.inner, 'dtype', None)} weights, mixed precision {model.precision}",
+            "dtype": f"{getattr(model.inner, 'dtype', None)} weights, {model.precision}",
         }
+
+
+def _require_fit(model: Any, replay: ReplaySet) -> None:
+    """Refuse tokens or lengths that the model has no embedding for, before it fails on the device."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    positions = getattr(model.config, "max_position_embeddings", None) or len(max(replay.rows, key=len))
+    largest, longest = max(map(max, replay.rows)), max(map(len, replay.rows))
+    checks = (
+        ("token ids", largest, vocabulary - 1, "Resize the embeddings, or pass the model's own tokenizer."),
+        ("tokens in a row", longest, positions, f"Set gere_config.max_length to {positions} or less."),
+    )
+    for what, found, most, fix in checks:
+        if found > most:
+            raise ReplaySetError(
+                "The replay rows do not fit the model.",
+                where=f"{what} of gere_config.replay_dataset",
+                expected=f"at most {most}",
+                found=found,
+                fix=fix,
+            )
 
 
 def _read_key(folder: Path | None) -> str | None:

@@ -28,6 +28,14 @@ def refuse_unanchorable(model: nn.Module) -> None:
             fix="Train a causal language model, or use the plain Trainer for this one.",
         )
     for name, config in (getattr(model, "peft_config", None) or {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                "Virtual tokens change the length of every row, so that replay rows do not fit their regions.",
+                where=f"adapter {name!r}",
+                expected="an adapter of weights, such as LoRA",
+                found=type(config).__name__,
+                fix="Use LoRA, or the plain Trainer for this model.",
+            )
         init = getattr(config, "init_lora_weights", True)
         if isinstance(init, str) and init.lower().startswith(SHIFTING_INITS):
             raise UnsupportedModelError(
@@ -76,6 +84,30 @@ def decoder_of(model: nn.Module) -> nn.Module:
         expected="get_decoder() or base_model to name a module inside the model",
         fix="Use a Hugging Face causal language model.",
     )
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether the model carries PEFT adapters, so that its base is still there."""
+    return hasattr(model, "disable_adapter") or bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+@contextmanager
+def adapters_disabled(model: Any) -> Iterator[None]:
+    """Show the base model of a PEFT model, or of a model with adapters of its own; nothing for any other."""
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+    elif is_adapted(model):
+        trainable = [parameter.requires_grad for parameter in model.parameters()]
+        model.disable_adapters()
+        try:
+            yield
+        finally:
+            model.enable_adapters()
+            for parameter, flag in zip(model.parameters(), trainable, strict=True):
+                parameter.requires_grad_(flag)
+    else:
+        yield
 
 
 class StateReader:

@@ -103,6 +103,7 @@ class GeReMixin(_Parent):
             task_order=parent_order(parent, seed),
             tasks_per_epoch=len(parent),
         )
+        dataset.total_dataset_length = len(sampler)
         return _EpochOfTrainer(sampler, self)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
@@ -110,11 +111,9 @@ class GeReMixin(_Parent):
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
         if samples and ROWS in samples[0]:
             tasks = [sample[TASK] for sample in samples if TASK in sample]
-            _, items = super().get_batch_samples(iter(tasks), len(tasks), *args, **kwargs)
-            rows = [sum(counts) for counts in zip(*(sample[ROWS] for sample in samples), strict=True)]
+            items = _compat.count_items(self, super().get_batch_samples, tasks, *args, **kwargs)
             divisor = len(samples) if _compat.divides_by_accumulation(self, items) else None
-            task_rows, replay_rows = _compat.over_ranks(self, rows)
-            self._gere.begin_step(task_rows, replay_rows, _compat.data_parallel_size(self), divisor)
+            self._gere.begin_step([sample[ROWS] for sample in samples], _compat.data_parallel_size(self), divisor)
         return samples, items
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
@@ -146,10 +145,12 @@ class GeReMixin(_Parent):
 
     def _gere_prepare(self, resumed: bool) -> None:
         model = ReadyModel(
-            inner=self.accelerator.unwrap_model(self.model_wrapped),
+            inner=self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False),
             device=self.args.device,
             autocast=self.accelerator.autocast,
-            precision=str(self.accelerator.mixed_precision),
+            precision=f"mixed precision {self.accelerator.mixed_precision}{', tf32' if self.args.tf32 else ''}",
+            fresh=self.model_init is not None,
+            main=self.accelerator.is_main_process,
         )
         show = self.is_local_process_zero() and not self.args.disable_tqdm
         with self.accelerator.main_process_first():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import T5Config, T5ForConditionalGeneration
 
 from gere import GeReConfig, GeReError
@@ -83,6 +83,8 @@ def test_config_names_the_field(field, value):
         ([*TEXTS, 5], {}, "no text"),
         (Dataset.from_dict({"body": TEXTS}), {}, "no such column[\\s\\S]*'body'"),
         (5, {}, "cannot be read from this"),
+        (DatasetDict(train=Dataset.from_dict({"text": TEXTS})), {}, "one split"),
+        (Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(), {}, "not streamed"),
     ],
 )
 def test_replay_sets_that_cannot_be_used(make_trainer, source, changes, match):
@@ -221,6 +223,26 @@ def test_anchor_that_is_not_there(make_trainer):
     refused(make_trainer(config={"anchor": "0" * 32}), CacheMissingError, "anchor-000")
 
 
+def test_rows_that_the_model_has_no_embedding_for(make_trainer, tokenizer, general):
+    wide = copy.deepcopy(tokenizer)
+    wide.add_tokens(["dough"])
+    texts = [*general, "The dough is here."]
+    refused(make_trainer(processing_class=wide, config={"replay_dataset": texts}), ReplaySetError, "token ids")
+    long = {"replay_dataset": [*general, "word " * 2000], "max_length": 1500}
+    refused(make_trainer(config=long), ReplaySetError, "max_length to 1024")
+
+
+@pytest.mark.parametrize("kind", ["DistributedType.DEEPSPEED", "DistributedType.FSDP"])
+def test_sharded_training_is_refused(make_trainer, kind):
+    trainer = make_trainer()
+    trainer.accelerator.state.distributed_type, kept = kind, trainer.accelerator.state.distributed_type
+    try:
+        with pytest.raises(UnsupportedSettingError, match=kind.rsplit(".")[-1]):
+            trainer.get_train_dataloader()
+    finally:
+        trainer.accelerator.state.distributed_type = kept
+
+
 def test_settings_that_do_not_go_together(make_trainer, arguments):
     split = arguments(accelerator_config={"split_batches": True})
     refused(make_trainer(args=split), UnsupportedSettingError, "split_batches")
@@ -270,8 +292,22 @@ def test_hub_texts_are_streamed_once_and_kept(tmp_path, monkeypatch):
     assert len(list(cache.glob("replay-*.jsonl"))) == 1
     (folder / "train-00000-of-00001.parquet").unlink()
     assert load_texts(config, cache) == many[:1000], "the second start needs no source"
+    kept = next(cache.glob("replay-*.jsonl"))
+    kept.write_text(kept.read_text()[:-20])
+    with pytest.raises(ReplaySetError, match=kept.name):
+        load_texts(config, cache)
     with pytest.raises(ReplayDownloadError):
         load_texts(GeReConfig(replay_dataset=str(folder), replay_size=5), cache)
+
+
+def test_hub_set_shorter_than_asked_is_not_kept(tmp_path):
+    folder = tmp_path / "hub_set"
+    folder.mkdir()
+    Dataset.from_dict({"text": ["", *TEXTS, None, "word"]}).to_parquet(folder / "train-00000-of-00001.parquet")
+    with pytest.raises(ReplaySetError, match=r"1000 texts[\s\S]*2 texts"):
+        load_texts(GeReConfig(replay_dataset=str(folder)), tmp_path / "cache")
+    assert not list(tmp_path.rglob("replay-*"))
+    assert load_texts(GeReConfig(replay_dataset=str(folder), replay_size=2), tmp_path / "cache") == TEXTS
 
 
 def test_rows_are_cut_and_begin_as_the_tokenizer_says(tokenizer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import load_tiny
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_trainer import KEYS, train_logs
 
 from gere.cache.fingerprint import architecture_digest, weights_digest
@@ -51,6 +51,53 @@ def test_a_trained_adapter_still_means_the_base(make_trainer, arguments):
 def test_an_adapter_that_takes_base_weights_is_refused(make_trainer):
     with pytest.raises(UnsupportedModelError, match=r"init_lora_weights[\s\S]*'pissa'"):
         make_trainer(model=with_lora(init_lora_weights="pissa"))
+
+
+def with_own_adapter(std=0.5):
+    """Adapters that transformers adds by itself, without a `PeftModel` around the model."""
+    torch.manual_seed(0)
+    model = load_tiny()
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=std)
+    return model
+
+
+def test_adapters_of_the_model_itself_are_disabled_for_the_anchor(make_trainer):
+    model = with_own_adapter()
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trainer = make_trainer(model=model)
+    trainer.train()
+    assert train_logs(trainer)[0]["gere/tm"] > 0
+    assert trainable == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    untouched = make_trainer()
+    untouched.train()
+    assert untouched._gere.anchor.key == trainer._gere.anchor.key
+    assert train_logs(untouched)[0]["gere/tm"] == 0.0
+
+
+def test_lora_on_a_tuned_model_finds_the_first_anchor(make_trainer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    first = make_trainer()
+    first.train()
+    first.save_model(str(tmp_path / "task-1"))
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "task-1", dtype=torch.float32)
+    later = make_trainer(model=get_peft_model(tuned, LoraConfig(r=4, target_modules=["q_proj"])))
+    later.train()
+    assert later._gere.anchor.key == first._gere.anchor.key and train_logs(later)[0]["gere/tm"] > 0
+
+
+def test_prompt_tuning_is_refused(make_trainer):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(UnsupportedModelError, match="PromptTuningConfig"):
+        make_trainer(model=get_peft_model(load_tiny(), config))
+
+
+def test_architecture_has_one_digest_in_all_versions():
+    assert architecture_digest(load_tiny()).startswith("17ad4c9d049924cf")
 
 
 @pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": "all-linear"}])

@@ -127,18 +127,26 @@ def test_rounding_noise_of_bf16_is_kept_out(make_trainer, arguments, w):
     assert share < 1e-3
 
 
-@pytest.mark.parametrize(("noise", "violated", "counts"), [(0.1, 1, False), (0.1, 4, True), (0.0, 1, True)])
-def test_single_violations_of_a_row_are_noise_in_16_bits_only(model, noise, violated, counts):
+@pytest.mark.parametrize(
+    ("precision", "violated", "counts"),
+    [
+        ("torch.float32 weights, mixed precision bf16", 1, False),
+        ("torch.bfloat16 weights, mixed precision no", 1, False),
+        ("torch.bfloat16 weights, mixed precision no", 4, True),
+        ("torch.float32 weights, mixed precision no", 1, True),
+    ],
+)
+def test_single_violations_of_a_row_are_noise_in_16_bits_only(model, precision, violated, counts):
     ids = torch.arange(3, 203)[None]
     mask = torch.ones_like(ids)
     with torch.no_grad():
         state = model(ids, output_hidden_states=True).hidden_states[-1]
-    bands = Bands(torch.full((64,), -1.0), torch.full((64,), 1.0), torch.full((64,), noise))
+    bands = Bands(torch.full((64,), -1.0), torch.full((64,), 1.0), torch.zeros(64))
     region = regions(state, bands.lower, bands.upper)
     outside = (state.abs() > 1.5).nonzero()[:violated]
     region[tuple(outside.T)] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "packed_regions": pack(region), "base_ce": torch.zeros(1)}
-    objective = ReplayObjective(1.0, "violations", SimpleNamespace(dim=64, bands=bands))
+    objective = ReplayObjective(1.0, "violations", SimpleNamespace(dim=64, bands=bands, fields={"dtype": precision}))
     loss, sums = objective(model, StateReader(model), batch)
     assert sums["violated"] == violated and sums["elements"] == 200 * 64
     assert (sums["tm"] > 0.5) == counts and loss.requires_grad
@@ -213,12 +221,24 @@ def test_share_of_a_step():
     assert math.isclose(mean.logged_factor(3), 0.5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_label_smoothing_does_not_depend_on_the_split(make_trainer, arguments, task, smoothing):
+    trainer = anchored(make_trainer, args=arguments(label_smoothing_factor=smoothing))
+    rows = rows_of_a_step(task)
+    results = []
+    for steps, micro in SPLITS:
+        batches = [trainer._gere._collator(rows[start : start + micro]) for start in range(0, steps * micro, micro)]
+        results.append(step_gradient(trainer, drifted(), batches))
+    for loss, gradient in results[1:]:
+        assert loss.item() == pytest.approx(results[0][0].item(), rel=1e-5)
+        assert (gradient - results[0][1]).norm() < 1e-5 * results[0][1].norm()
+
+
 def test_no_value_is_read_back_between_logs(make_trainer, arguments, monkeypatch):
     """Replay must not wait for the device in a training step."""
     trainer = anchored(make_trainer)
     batch = next(iter(trainer.get_train_dataloader()))
     assert isinstance(batch[ROWS][0], int)
-    trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
     replay = trainer._gere._collator.replay_batch([0, 1])
     model = trainer.model.train()
 
@@ -233,6 +253,7 @@ def test_no_value_is_read_back_between_logs(make_trainer, arguments, monkeypatch
     with monkeypatch.context() as patch:
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy", "nonzero"):
             patch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
+        trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
         trainer._gere.replay_part(model, replay)
         trainer._gere.task_part(torch.tensor(1.0), 1)
 

@@ -14,6 +14,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, Train
 
 from gere import GeReConfig, GeReSeq2SeqTrainer, GeReTrainer, gere_trainer
 from gere.collator import MixedDataset
+from gere.errors import CacheMismatchError
 from gere.objective import BaseModel
 
 KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
@@ -46,7 +47,12 @@ def test_exactly_k_replay_rows_in_every_step(make_trainer, arguments, task, gene
     shares = []
     trainer = make_trainer(args=arguments(max_steps=-1, num_train_epochs=2), replay=replay)
     begin = trainer._gere.begin_step
-    monkeypatch.setattr(trainer._gere, "begin_step", lambda *counts: (shares.append(counts[:2]), begin(*counts)))
+
+    def watch(rows, *rest):
+        begin(rows, *rest)
+        shares.append(trainer._gere.share[:2])
+
+    monkeypatch.setattr(trainer._gere, "begin_step", watch)
     trainer.train()
     assert trainer.state.global_step == trainer.state.max_steps == len(shares)
     if replay:
@@ -230,6 +236,27 @@ def test_tokens_and_flops_count_both_parts(make_trainer, arguments):
     trainer.train()
     assert trainer.state.num_input_tokens_seen == sum(batch["input_ids"].numel() for batch in batches)
     assert trainer.state.total_flos > 0
+
+
+def test_model_init_that_gives_another_base_is_refused(make_trainer, tokenizer, task, general, tmp_path, arguments):
+    made = []
+
+    def other_each_time():
+        model = load_tiny()
+        if len(made) > 1:  # one call in __init__, one in each train()
+            with torch.no_grad():
+                next(model.parameters()).add_(1e-3)
+        made.append(model)
+        return model
+
+    trainer = GeReTrainer(
+        model_init=other_each_time, args=arguments(), train_dataset=task, processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer), gere_hidden_state_saving_dir=tmp_path / "gere_saving",
+        gere_config=GeReConfig(replay_dataset=general, max_length=48),
+    )  # fmt: skip
+    trainer.train()
+    with pytest.raises(CacheMismatchError, match="weights"):
+        trainer.train()
 
 
 def test_second_training_of_one_trainer_keeps_the_anchor(make_trainer):

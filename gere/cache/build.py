@@ -6,6 +6,7 @@ bands follow from the merged moments, the states are encoded and dropped, and th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,7 +22,7 @@ from gere.cache.bands import Moments, mean_std_bands
 from gere.cache.codec import PER_BYTE, pack, regions
 from gere.cache.files import file_sha256, make_folder, require_space, sha256, sync_folder, write_atomic
 from gere.cache.store import BANDS, MANIFEST, ROWS, manifest_bytes, read_manifest, shard_name
-from gere.errors import CacheCorruptError, NonFiniteStateError
+from gere.errors import CacheCorruptError, CacheError, NonFiniteStateError
 
 NOISE_ROWS = 8
 PART_BYTES = 64 << 20
@@ -75,7 +76,7 @@ def build_anchor(folder: Path, plan: BuildPlan, distil: Distil, *, progress: boo
         CacheFolderError: If the folder cannot be written or the disk is full.
         NonFiniteStateError: If the model gives NaN or infinite values.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_folder(folder)
     make_folder(partial)
     if not _is_complete(partial):
         noise = _noise(partial, plan, distil) if plan.keep_regions else None
@@ -85,6 +86,18 @@ def build_anchor(folder: Path, plan: BuildPlan, distil: Distil, *, progress: boo
             ]
         _encode(partial, plan, parts, noise)
     _publish(partial, folder)
+
+
+def finish_build(folder: Path) -> None:
+    """Give an anchor its name if a kill came between its last byte and that."""
+    partial = partial_folder(folder)
+    if not folder.exists() and _is_complete(partial):
+        _publish(partial, folder)
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where the anchor at `folder` is built."""
+    return folder.with_name(folder.name + ".partial")
 
 
 def batches_by_length(rows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
@@ -136,12 +149,14 @@ def _noise(partial: Path, plan: BuildPlan, distil: Distil) -> Tensor:
         stored = {"noise": torch.cat(change).amax(dim=0)}
         need = sum(map(len, plan.rows)) * stored["noise"].numel() * (padded.element_size() + 1 / PER_BYTE)
         require_space(partial, int(need))
-        write_atomic(path, save(stored, {"part": tag}))
+        _store_part(path, stored, tag)
     return stored["noise"]
 
 
-def _part(partial: Path, number: int, batches: list[list[int]], plan: BuildPlan, distil: Distil, bar: tqdm) -> Path:
-    """Make part `number`, unless a build with the same plan left it whole."""
+def _part(
+    partial: Path, number: int, batches: list[list[int]], plan: BuildPlan, distil: Distil, bar: tqdm
+) -> tuple[Path, str]:
+    """Make part `number`, unless a build with the same plan left it whole; return its path and the tag of its rows."""
     path = partial / f"part-{number:05d}.safetensors"
     tag = sha256(repr([[plan.rows[row] for row in batch] for batch in batches]).encode())
     if _stored_part(path, tag) is None:
@@ -158,10 +173,19 @@ def _part(partial: Path, number: int, batches: list[list[int]], plan: BuildPlan,
         tensors = {"row": index, "ce": torch.cat(losses)}
         if states:
             tensors["state"] = torch.cat(states)
-        write_atomic(path, save(tensors, {"part": tag}))
+        _store_part(path, tensors, tag)
     else:
         bar.update(sum(len(plan.rows[row]) for batch in batches for row in batch))
-    return path
+    return path, tag
+
+
+def _store_part(path: Path, tensors: dict[str, Tensor], tag: str) -> None:
+    write_atomic(path, save(tensors, {"part": f"{tag} {_part_digest(tag, tensors)}"}))
+
+
+def _part_digest(tag: str, tensors: Mapping[str, Tensor]) -> str:
+    parts = [tensors[name].contiguous().flatten().view(torch.uint8).numpy().data for name in sorted(tensors)]
+    return sha256(tag.encode() + b"".join(hashlib.sha256(part).digest() for part in parts))
 
 
 def _stored_part(path: Path, tag: str) -> dict[str, Tensor] | None:
@@ -169,10 +193,14 @@ def _stored_part(path: Path, tag: str) -> dict[str, Tensor] | None:
     try:
         raw = path.read_bytes()
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        return load(raw) if header["__metadata__"]["part"] == tag else None
+        rows, digest = header["__metadata__"]["part"].split()
+        tensors = load(raw)
+        if digest != _part_digest(rows, tensors):
+            raise ValueError(f"its SHA-256 is not {digest}")
+        return tensors if rows == tag else None
     except FileNotFoundError:
         return None
-    except Exception as error:
+    except Exception as error:  # safetensors, JSON and struct raise many kinds
         raise CacheCorruptError(
             "A part of an unfinished anchor cannot be read.",
             where=path,
@@ -180,6 +208,13 @@ def _stored_part(path: Path, tag: str) -> dict[str, Tensor] | None:
             found=f"{type(error).__name__}: {error}",
             fix="Delete this file; only its rows are then evaluated again.",
         ) from error
+
+
+def _read_part(path: Path, tag: str) -> dict[str, Tensor]:
+    stored = _stored_part(path, tag)
+    if stored is None:
+        raise FileNotFoundError(path)
+    return stored
 
 
 def _require_finite(state: Tensor, ce: Tensor, batch: list[int]) -> None:
@@ -193,7 +228,7 @@ def _require_finite(state: Tensor, ce: Tensor, batch: list[int]) -> None:
         )
 
 
-def _encode(partial: Path, plan: BuildPlan, parts: Sequence[Path], noise: Tensor | None) -> None:
+def _encode(partial: Path, plan: BuildPlan, parts: Sequence[tuple[Path, str]], noise: Tensor | None) -> None:
     """Turn the parts into the files of an anchor; the manifest comes last."""
     count = len(plan.rows)
     index = {"tokens": torch.tensor([len(row) for row in plan.rows], dtype=torch.int32), "base_ce": torch.zeros(count)}
@@ -201,13 +236,12 @@ def _encode(partial: Path, plan: BuildPlan, parts: Sequence[Path], noise: Tensor
     if noise is not None:
         moments = Moments.empty(len(noise))
         for part in parts:
-            moments = moments.merge(Moments.of(load_file(part)["state"]))
+            moments = moments.merge(Moments.of(_read_part(*part)["state"]))
         bands = mean_std_bands(moments, plan.band_width, plan.std_floor, noise)
-        kept = {**bands._asdict(), "mean": moments.mean.float(), "std": moments.std.float()}
-        files[BANDS] = _write(partial / BANDS, save(kept))
+        files[BANDS] = _write(partial / BANDS, save(bands._asdict()))
         index |= {"shard": torch.zeros(count, dtype=torch.int32), "start": torch.zeros(count, dtype=torch.int64)}
     for number, part in enumerate(parts):
-        stored = load_file(part)
+        stored = _read_part(*part)
         rows = stored["row"]
         index["base_ce"][rows] = stored["ce"]
         if noise is not None:
@@ -230,7 +264,16 @@ def _is_complete(partial: Path) -> bool:
     """Whether a build was killed between its manifest and its final name."""
     if not (partial / MANIFEST).exists():
         return False
-    files = read_manifest(partial)["files"]
+    try:
+        files = read_manifest(partial)["files"]
+    except CacheError as error:
+        raise CacheCorruptError(
+            "The manifest of an unfinished anchor cannot be used.",
+            where=partial / MANIFEST,
+            expected="a manifest as this version writes it",
+            found=str(error).splitlines()[0],
+            fix="Delete this .partial folder; the anchor is then built again from the base model.",
+        ) from error
     return all((partial / name).exists() and file_sha256(partial / name) == digest for name, digest in files.items())
 
 

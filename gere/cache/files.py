@@ -112,5 +112,5 @@ def folder_errors(folder: Path) -> Iterator[None]:
             where=folder,
             expected="free space" if full else "a folder that this process may write to",
             found=f"{type(error).__name__}: {error.strerror or error}",
-            fix="Set gere_hidden_state_saving_dir to a folder that can be written, on a disk with space.",
+            fix="Free some space, or set another folder: gere_hidden_state_saving_dir, for a saved model output_dir.",
         ) from error

@@ -16,10 +16,15 @@ from gere.states import base_module
 
 FORMAT_VERSION = 1
 ADAPTER_WRAPPERS = ("base_layer", "original_module")
-# Set by Trainer or by saving and loading, without any effect on the states.
-VOLATILE_CONFIG = frozenset({"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"})
-VOLATILE_CONFIG |= {"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "tokenizer_class"}
-VOLATILE_CONFIG |= {"quantization_config"}
+# What shapes the forward pass beside the weights. An explicit list, because the rest of a configuration differs
+# between versions of transformers and is changed by the trainer.
+FORWARD_CONFIG = (
+    *("hidden_act", "activation_function", "num_attention_heads", "num_key_value_heads", "n_head"),
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "sliding_window", "layer_types"),
+    *("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling", "query_pre_attn_scalar"),
+    *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "partial_rotary_factor"),
+    *("num_experts_per_tok", "norm_topk_prob", "tie_word_embeddings"),
+)
 
 
 def key_of(fields: Mapping[str, str]) -> str:
@@ -34,12 +39,24 @@ def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> tuple[st
 
 
 def architecture_digest(model: nn.Module) -> str:
-    """Digest of the class and of the settings in the configuration that shape the forward pass."""
+    """Digest of the class, the shapes of all weights, and the settings that shape the forward pass."""
     causal = base_module(model)
     config = causal.config.to_dict() if hasattr(causal, "config") else {}  # type: ignore[operator, union-attr]
-    kept = {name: value for name, value in config.items() if name not in VOLATILE_CONFIG and name[0] != "_"}
-    plain = json.dumps({"class": type(causal).__name__, "config": kept}, sort_keys=True, default=repr)
-    return sha256(plain.encode())
+    content = {
+        "class": type(causal).__name__,
+        "shapes": {name: list(tensor.shape) for name, tensor in base_tensors(model).items()},
+        "config": {name: config[name] for name in FORWARD_CONFIG if config.get(name) is not None},
+        "rope": _rope(config),
+    }
+    return sha256(json.dumps(content, sort_keys=True, default=repr).encode())
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of rotary positions, which transformers 4 and 5 write in different places."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope.setdefault("rope_theta", config.get("rope_theta"))
+    kind = rope.pop("type", "default")
+    return {"rope_type": kind, **{name: value for name, value in rope.items() if value is not None}}
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from gere.cache.build import finish_build
 from gere.cache.files import folder_errors, make_folder
 from gere.cache.fingerprint import differences, key_of
 from gere.cache.store import MANIFEST, Anchor, read_manifest
-from gere.errors import CacheMismatchError, CacheMissingError
+from gere.errors import CacheCorruptError, CacheMismatchError, CacheMissingError
 
 WAYS_ON = {
     "weights": "Start from the base model that the anchor belongs to; if this model was fine-tuned from it, set "
@@ -40,6 +41,7 @@ def open_named(root: Path, key: str, fields: Mapping[str, str]) -> Anchor:
         CacheCorruptError: If its bytes are damaged.
     """
     folder = anchor_folder(root, key)
+    finish_build(folder)
     if not (folder / MANIFEST).exists():
         raise CacheMissingError(
             "The anchor of this run is not in the cache folder, and a trained model cannot be anchored again.",
@@ -48,7 +50,7 @@ def open_named(root: Path, key: str, fields: Mapping[str, str]) -> Anchor:
             found=", ".join(path.name for path in anchors_in(root)) or "no anchor",
             fix="Set gere_hidden_state_saving_dir to the folder of the first run, or copy that folder here.",
         )
-    anchor = Anchor(folder)
+    anchor = _open(folder)
     _require_same(fields, {name: anchor.fields.get(name, "") for name in fields}, folder)
     return anchor
 
@@ -69,14 +71,33 @@ def open_or_build(root: Path, fields: Mapping[str, str], build: Callable[[Path],
     """
     folder = anchor_folder(root, key_of(fields))
     if reuse and (folder / MANIFEST).exists():
-        return Anchor(folder)
+        return _open(folder)
     make_folder(root)
-    with folder_errors(root), FileLock(root / ".lock"):
+    lock = FileLock(root / ".lock")
+    with folder_errors(root):
+        lock.acquire()
+    try:
         if not (reuse and (folder / MANIFEST).exists()):
             if reuse:
                 _refuse_others(root, fields)
             build(folder)
-    return Anchor(folder)
+    finally:
+        lock.release()
+    return _open(folder)
+
+
+def _open(folder: Path) -> Anchor:
+    """Open an anchor that must be the one its folder is named after."""
+    anchor = Anchor(folder)
+    if folder != anchor_folder(folder.parent, anchor.key):
+        raise CacheCorruptError(
+            "The folder of an anchor has the name of another.",
+            where=folder,
+            expected=anchor_folder(folder.parent, anchor.key).name,
+            found=folder.name,
+            fix="Give the folder its own name back.",
+        )
+    return anchor
 
 
 def anchors_in(root: Path) -> list[Path]:

@@ -5,7 +5,7 @@ An anchor is a folder of these files; `manifest.json` is written last and names 
 | file | content |
 |---|---|
 | `rows.safetensors` | `tokens` int32 [n], `base_ce` float32 [n]; with regions `shard` int32 [n], `start` int64 [n] |
-| `bands.safetensors` | `lower`, `upper`, `tolerance`, `mean`, `std`, float32 [d] |
+| `bands.safetensors` | `lower`, `upper`, `tolerance`, float32 [d] |
 | `regions-NNNNN.safetensors` | `codes` uint8 [tokens of the shard, ceil(d / 4)] |
 """
 
@@ -81,6 +81,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = sha256(canonical_json(content))
     if digest != found or raw != canonical_json({**content, "sha256": digest}):
         raise _corrupt(path, f"SHA-256 {digest}", found)
+    if content["key"] != key_of(content["fields"]):
+        raise _corrupt(path, f"key {key_of(content['fields'])} of its fields", content["key"])
     return content
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gere.base_model import BaseModel
 from gere.cache import Anchor, BuildPlan, build_anchor, open_named, open_or_build
 from gere.cache.files import canonical_json, write_atomic
 from gere.cache.fingerprint import architecture_digest, weights_digest
@@ -18,7 +19,7 @@ from gere.collator import MixedCollator
 from gere.config import GeReConfig, parse_replay_per_batch, parse_weight
 from gere.errors import CacheCorruptError, CacheMissingError, ReplaySetError
 from gere.meters import Meters
-from gere.objective import BaseModel, ReplayObjective, StepShare
+from gere.objective import ReplayObjective, StepShare
 from gere.replay import ReplaySet, load_replay_set
 from gere.states import StateReader, is_adapted
 

@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
@@ -20,6 +21,10 @@ TINY = ROOT / "base_llms" / "llama-tiny-random"
 DATA = ROOT / "examples" / "data"
 
 torch.set_num_threads(1)
+# The same examples in every run; `HYPOTHESIS_PROFILE=random` searches for new ones.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("random", derandomize=False)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def read_jsonl(path: Path, limit: int) -> list[dict]:

@@ -17,7 +17,7 @@ RANKS = {
     **dict.fromkeys(["config", "losses", "sampler", "meters", "states", "_compat"], 1),
     **dict.fromkeys(["cache"], 2),
     **dict.fromkeys(["replay", "collator"], 3),
-    **dict.fromkeys(["evaluation", "objective"], 4),
+    **dict.fromkeys(["base_model", "evaluation", "objective"], 4),
     **dict.fromkeys(["run"], 5),
     **dict.fromkeys(["callbacks"], 5),
     **dict.fromkeys(["trainer"], 6),

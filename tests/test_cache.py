@@ -149,7 +149,7 @@ def test_moments_of_any_partition(seed, cuts, offset):
     for start, stop in itertools.pairwise(edges):
         merged = merged.merge(Moments.of(values[start:stop]))
     assert merged.number == 40
-    np.testing.assert_allclose(merged.mean, values.numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(merged.mean, values.numpy().mean(0), rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(merged.std, values.numpy().std(0), rtol=1e-6)
 
 

@@ -13,9 +13,9 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 from gere import GeReConfig, GeReSeq2SeqTrainer, GeReTrainer, gere_trainer
+from gere.base_model import BaseModel
 from gere.collator import MixedDataset
 from gere.errors import CacheMismatchError
-from gere.objective import BaseModel
 
 KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
 

@@ -6,21 +6,20 @@ bands follow from the merged moments, the states are encoded and dropped, and th
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from gere.cache.bands import Moments, mean_std_bands
 from gere.cache.codec import PER_BYTE, pack, regions
 from gere.cache.files import file_sha256, make_folder, require_space, sha256, sync_folder, write_atomic
+from gere.cache.parts import load_part, read_part, store_part
 from gere.cache.store import BANDS, MANIFEST, ROWS, manifest_bytes, read_manifest, shard_name
 from gere.errors import CacheCorruptError, CacheError, NonFiniteStateError
 
@@ -141,7 +140,7 @@ def _noise(partial: Path, plan: BuildPlan, distil: Distil) -> Tensor:
     rows = by_length[:: max(1, len(by_length) // count)][:count]
     path = partial / "noise.safetensors"
     tag = sha256(repr(rows).encode())
-    stored = _stored_part(path, tag)
+    stored = load_part(path, tag)
     if stored is None:
         padded = distil([*rows, longest]).state
         alone = [distil([row]).state[0, : len(row)].float().cpu() for row in rows]
@@ -149,7 +148,7 @@ def _noise(partial: Path, plan: BuildPlan, distil: Distil) -> Tensor:
         stored = {"noise": torch.cat(change).amax(dim=0)}
         need = sum(map(len, plan.rows)) * stored["noise"].numel() * (padded.element_size() + 1 / PER_BYTE)
         require_space(partial, int(need))
-        _store_part(path, stored, tag)
+        store_part(path, stored, tag)
     return stored["noise"]
 
 
@@ -159,7 +158,7 @@ def _part(
     """Make part `number`, unless a build with the same plan left it whole; return its path and the tag of its rows."""
     path = partial / f"part-{number:05d}.safetensors"
     tag = sha256(repr([[plan.rows[row] for row in batch] for batch in batches]).encode())
-    if _stored_part(path, tag) is None:
+    if load_part(path, tag) is None:
         states, losses = [], []
         for batch in batches:
             rows = [plan.rows[row] for row in batch]
@@ -173,48 +172,10 @@ def _part(
         tensors = {"row": index, "ce": torch.cat(losses)}
         if states:
             tensors["state"] = torch.cat(states)
-        _store_part(path, tensors, tag)
+        store_part(path, tensors, tag)
     else:
         bar.update(sum(len(plan.rows[row]) for batch in batches for row in batch))
     return path, tag
-
-
-def _store_part(path: Path, tensors: dict[str, Tensor], tag: str) -> None:
-    write_atomic(path, save(tensors, {"part": f"{tag} {_part_digest(tag, tensors)}"}))
-
-
-def _part_digest(tag: str, tensors: Mapping[str, Tensor]) -> str:
-    parts = [tensors[name].contiguous().flatten().view(torch.uint8).numpy().data for name in sorted(tensors)]
-    return sha256(tag.encode() + b"".join(hashlib.sha256(part).digest() for part in parts))
-
-
-def _stored_part(path: Path, tag: str) -> dict[str, Tensor] | None:
-    """Tensors of a part that an earlier build wrote for the same rows; `None` if it must be made."""
-    try:
-        raw = path.read_bytes()
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        rows, digest = header["__metadata__"]["part"].split()
-        tensors = load(raw)
-        if digest != _part_digest(rows, tensors):
-            raise ValueError(f"its SHA-256 is not {digest}")
-        return tensors if rows == tag else None
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # safetensors, JSON and struct raise many kinds
-        raise CacheCorruptError(
-            "A part of an unfinished anchor cannot be read.",
-            where=path,
-            expected="a part as it was written",
-            found=f"{type(error).__name__}: {error}",
-            fix="Delete this file; only its rows are then evaluated again.",
-        ) from error
-
-
-def _read_part(path: Path, tag: str) -> dict[str, Tensor]:
-    stored = _stored_part(path, tag)
-    if stored is None:
-        raise FileNotFoundError(path)
-    return stored
 
 
 def _require_finite(state: Tensor, ce: Tensor, batch: list[int]) -> None:
@@ -236,12 +197,12 @@ def _encode(partial: Path, plan: BuildPlan, parts: Sequence[tuple[Path, str]], n
     if noise is not None:
         moments = Moments.empty(len(noise))
         for part in parts:
-            moments = moments.merge(Moments.of(_read_part(*part)["state"]))
+            moments = moments.merge(Moments.of(read_part(*part)["state"]))
         bands = mean_std_bands(moments, plan.band_width, plan.std_floor, noise)
         files[BANDS] = _write(partial / BANDS, save(bands._asdict()))
         index |= {"shard": torch.zeros(count, dtype=torch.int32), "start": torch.zeros(count, dtype=torch.int64)}
     for number, part in enumerate(parts):
-        stored = _read_part(*part)
+        stored = read_part(*part)
         rows = stored["row"]
         index["base_ce"][rows] = stored["ce"]
         if noise is not None:

@@ -11,12 +11,14 @@ import pytest
 import torch
 from conftest import load_tiny
 from test_losses import oracle_ce, oracle_margin
+from torch.utils.data import SequentialSampler
 from transformers import DataCollatorForSeq2Seq, Trainer
 
-from gere import GeReTrainer
+from gere import GeReMixin, GeReTrainer
 from gere.cache import Bands, pack, regions
 from gere.collator import REPLAY, ROWS, TASK, MixedCollator, ReplayRow, TaskRow
 from gere.objective import ReplayObjective, StepShare
+from gere.replay import ReplaySet
 from gere.states import StateReader
 
 SPLITS = [(16, 1), (8, 2), (4, 4), (1, 16)]  # accumulation steps x rows of a micro-batch
@@ -181,6 +183,33 @@ def test_without_replay_training_equals_trainer_bit_for_bit(make_trainer, argume
 
     plain = trajectory(make_trainer(Trainer, args=args()))
     ours = trajectory(make_trainer(args=args(), config={"replay_strategy": "none"}))
+    assert len(plain[0]) == 30 and plain[0] == ours[0]
+    assert all(torch.equal(a, b) for a, b in zip(plain[1], ours[1], strict=True))
+
+
+class InOrder(Trainer):
+    """A trainer whose order of rows is known."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset)
+
+
+class GeReInOrder(GeReMixin, InOrder):
+    """The same with an empty replay set: every batch goes through the collator and the shares of mixed batches."""
+
+    def get_train_dataloader(self):
+        self._gere._replay_set = ReplaySet([], 0, {})
+        return super().get_train_dataloader()
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_an_empty_replay_set_equals_trainer_bit_for_bit(make_trainer, arguments, task, monkeypatch, accumulation):
+    def args():
+        return arguments(max_steps=30, gradient_accumulation_steps=accumulation)
+
+    monkeypatch.setattr("gere.run.ReplayRun.prepare", lambda *arguments, **keywords: None)
+    plain = trajectory(make_trainer(InOrder, args=args()))
+    ours = trajectory(make_trainer(GeReInOrder, args=args()))
     assert len(plain[0]) == 30 and plain[0] == ours[0]
     assert all(torch.equal(a, b) for a, b in zip(plain[1], ours[1], strict=True))
 

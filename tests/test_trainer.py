@@ -259,6 +259,22 @@ def test_model_init_that_gives_another_base_is_refused(make_trainer, tokenizer, 
         trainer.train()
 
 
+def test_auto_find_batch_size(make_trainer, arguments, monkeypatch):
+    trainer = make_trainer(args=arguments(auto_find_batch_size=True), replay=2)
+    compute, tried = Trainer.compute_loss, []
+
+    def too_large(self, model, inputs, *rest, **keywords):
+        tried.append(self._train_batch_size)
+        if self._train_batch_size > 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return compute(self, model, inputs, *rest, **keywords)
+
+    monkeypatch.setattr(Trainer, "compute_loss", too_large)
+    trainer.train()
+    assert tried[0] == 4 and tried[-1] < 4 and trainer.state.global_step == 3
+    assert trainer._gere.share[:2] == (2 * tried[-1] - 2, 2) and train_logs(trainer)[0]["gere/tm"] == 0.0
+
+
 def test_second_training_of_one_trainer_keeps_the_anchor(make_trainer):
     trainer = make_trainer()
     trainer.train()

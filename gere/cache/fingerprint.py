@@ -66,7 +66,7 @@ def weights_digest(model: nn.Module) -> str:
         model: The model without its distributed wrapper. Weights of PEFT adapters are left out and the wrapper's names
             undone, so that a model has one digest with an adapter and without.
     """
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(max_workers=4) as pool:  # each holds a copy of one tensor in main memory
         tensors = sorted(base_tensors(model).items())
         digests = pool.map(lambda item: _tensor_digest(*item), tensors)
         return sha256("".join(digests).encode())

@@ -18,12 +18,12 @@ class GeReConfig:
 
     Args:
         replay_dataset: Where the general texts come from: a file (`.jsonl`, `.json`, `.parquet`, `.txt`), a folder or
-            hub name for `datasets.load_dataset`, a `datasets.Dataset`, a list of strings, or `None` for the first
-            1,000 texts of `DKYoon/SlimPajama-6B`.
+            hub name for `datasets.load_dataset`, a `datasets.Dataset`, a list of strings or records, or `None` for the
+            first 1,000 texts of `DKYoon/SlimPajama-6B`.
         replay_split: Split of a hub data set.
         replay_column: Column (or JSON key) that holds the text.
-        replay_size: Number of texts; the first so many are taken. `None` takes all of a file, dataset or list, and
-            1,000 of a hub data set.
+        replay_size: Number of texts; the first so many are taken. `None` takes all of a file, folder, dataset or list,
+            and 1,000 of a hub data set.
         max_length: Longest replay row in tokens; longer texts are cut.
         add_bos: Whether a row begins with the BOS token. `None` leaves it to the tokenizer.
         replay_strategy: `"tm"` (cross-entropy and threshold-based margin), `"ce"` (cross-entropy alone), or `"none"`
@@ -61,17 +61,20 @@ class GeReConfig:
         """Check every field."""
         for name, choices in (("replay_strategy", STRATEGIES), ("normalization", NORMALIZATIONS)):
             value = getattr(self, name)
-            _require(value in choices, f"gere_config.{name}", " or ".join(map(repr, choices)), value)
+            require(value in choices, f"gere_config.{name}", " or ".join(map(repr, choices)), value)
         for name, least in (("max_length", 2), ("anchor_batch_tokens", 1), ("replay_size", 1)):
             value = getattr(self, name)
             optional = name == "replay_size" and value is None
-            _require(optional or _whole(value, least), f"gere_config.{name}", f"a whole number >= {least}", value)
+            require(optional or _whole(value, least), f"gere_config.{name}", f"a whole number >= {least}", value)
         for name in ("band_width", "std_floor"):
             value = getattr(self, name)
-            _require(_finite(value) and value > 0, f"gere_config.{name}", "a finite number above 0", value)
-        _require(self.add_bos in (None, True, False), "gere_config.add_bos", "True, False or None", self.add_bos)
+            require(_finite(value) and value > 0, f"gere_config.{name}", "a finite number above 0", value)
+        require(self.add_bos in (None, True, False), "gere_config.add_bos", "True, False or None", self.add_bos)
+        for name in ("replay_split", "replay_column"):
+            value = getattr(self, name)
+            require(isinstance(value, str) and bool(value), f"gere_config.{name}", "a name", value)
         named = isinstance(self.anchor, str) and bool(self.anchor)
-        _require(named, "gere_config.anchor", '"auto" or the key of an anchor', self.anchor)
+        require(named, "gere_config.anchor", '"auto" or the key of an anchor', self.anchor)
 
 
 def parse_weight(w_strategy: float | str) -> float | Literal["dy"]:
@@ -92,7 +95,7 @@ def parse_weight(w_strategy: float | str) -> float | Literal["dy"]:
         weight = math.nan if isinstance(w_strategy, bool) else float(w_strategy)
     except (TypeError, ValueError):
         weight = math.nan
-    _require(math.isfinite(weight) and weight >= 0, "w_strategy", 'a number >= 0, its string, or "dy"', w_strategy)
+    require(math.isfinite(weight) and weight >= 0, "w_strategy", 'a number >= 0, its string, or "dy"', w_strategy)
     return weight
 
 
@@ -109,7 +112,7 @@ def parse_replay_per_batch(num_interpolate_per_batch: int | None) -> int:
         ConfigError: If it is not a whole number of at least 0.
     """
     value = 0 if num_interpolate_per_batch is None else num_interpolate_per_batch
-    _require(_whole(value, 0), "num_interpolate_per_batch", "a whole number >= 0, or None", value)
+    require(_whole(value, 0), "num_interpolate_per_batch", "a whole number >= 0, or None", value)
     return value
 
 
@@ -121,7 +124,8 @@ def _finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _require(ok: bool, where: str, expected: str, found: object) -> None:
+def require(ok: bool, where: str, expected: str, found: object) -> None:
+    """Raise a `ConfigError` about the argument `where` unless `ok`."""
     if not ok:
         raise ConfigError(
             "A setting has a value that cannot be used.",

@@ -33,14 +33,18 @@ def general_loss(
     Raises:
         ReplaySetError: If no text has two tokens.
     """
-    encoded = copy.deepcopy(tokenizer)(list(texts), verbose=False)["input_ids"]
+    encoded = (
+        []
+        if isinstance(texts, str) or not texts
+        else copy.deepcopy(tokenizer)(list(texts), verbose=False)["input_ids"]
+    )
     rows = [row for row in (list(ids)[:max_length] for ids in encoded) if len(row) > 1]
     if not rows:
         raise ReplaySetError(
             "There is no general text to evaluate on.",
             where="texts",
-            expected="at least one text of two tokens",
-            found=f"{len(texts)} texts, none of two tokens",
+            expected="a list of texts, at least one of two tokens",
+            found="one string" if isinstance(texts, str) else f"{len(texts)} texts, none of two tokens",
             fix="Give held-out general texts.",
         )
     device = next(model.parameters()).device

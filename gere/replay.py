@@ -74,21 +74,23 @@ def load_texts(config: GeReConfig, cache_folder: Path) -> list[str]:
     source = HUB_DATASET if config.replay_dataset is None else config.replay_dataset
     if isinstance(source, (str, Path)):
         path = Path(source)
-        if path.suffix in SUFFIXES or path.is_file():
+        if path.is_dir():
+            texts = _stream(str(source), config, config.replay_size)
+        elif path.suffix in SUFFIXES or path.is_file():
             texts = _read_file(path, config.replay_column)
         else:
             texts = _read_hub(str(source), config, cache_folder)
     elif hasattr(source, "column_names") and hasattr(source, "__len__") and not isinstance(source, dict):
         texts = _column(source, config.replay_column, "the datasets.Dataset")
     elif isinstance(source, Sequence):
-        texts = list(source)
+        texts = [_text_of(item, config.replay_column, f"item {row} of the list") for row, item in enumerate(source)]
     else:
         raise ReplaySetError(
             "The replay set cannot be read from this.",
             where="gere_config.replay_dataset",
             expected="a path, a hub name, a datasets.Dataset (one split, not streamed) or a list of strings",
             found=type(source).__name__,
-            fix=WAYS_ON,
+            fix=f"Pass one split, such as dataset['train']. {WAYS_ON}" if isinstance(source, dict) else WAYS_ON,
         )
     return _checked(texts, config.replay_size)
 
@@ -150,6 +152,8 @@ def _require_tokenizer(config: GeReConfig, tokenizer: Any) -> None:
 
 def _read_file(path: Path, column: str) -> list[Any]:
     try:
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"a file of kind {path.suffix or path.name!r}")
         if path.suffix == ".parquet":
             from datasets import Dataset
 
@@ -166,13 +170,19 @@ def _read_file(path: Path, column: str) -> list[Any]:
             where=path,
             expected="UTF-8 text: .jsonl or .json with texts or records, .parquet, or .txt with one text a line",
             found=f"{type(error).__name__}: {error}",
-            fix="Correct the path or the file.",
+            fix="Correct the path or the file; one JSON record on each line belongs into a .jsonl file.",
         ) from error
     return [_text_of(record, column, f"{path}, record {index}") for index, record in enumerate(records)]
 
 
 def _json_lines(content: str) -> list[Any]:
-    return [json.loads(line) for line in content.split("\n") if line.strip()]
+    records = []
+    for number, line in enumerate(content.split("\n"), start=1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number} of the file: {error}") from error
+    return records
 
 
 def _text_of(record: Any, column: str, where: str) -> Any:
@@ -213,7 +223,8 @@ def _read_hub(name: str, config: GeReConfig, cache_folder: Path) -> list[str]:
     return texts
 
 
-def _stream(name: str, config: GeReConfig, size: int) -> list[str]:
+def _stream(name: str, config: GeReConfig, size: int | None) -> list[str]:
+    """First `size` texts of a hub data set or of a folder in its format, `None` for all."""
     from datasets import load_dataset
 
     texts: list[str] = []
@@ -232,7 +243,7 @@ def _stream(name: str, config: GeReConfig, size: int) -> list[str]:
             where=f"{name}, split {config.replay_split!r}",
             expected="a data set on the hub, or a folder that datasets.load_dataset reads",
             found=f"{type(error).__name__}: {error}",
-            fix=WAYS_ON,
+            fix=f"Check gere_config.replay_split. {WAYS_ON}",
         ) from error
     return texts
 
@@ -244,7 +255,7 @@ def _checked(texts: list[Any], wanted: int | None) -> list[str]:
             where="gere_config.replay_dataset",
             expected="at least 1 text" if wanted is None else f"{wanted} texts (gere_config.replay_size)",
             found=f"{len(texts)} texts",
-            fix="Give more texts, or lower gere_config.replay_size.",
+            fix="Give more texts." if wanted is None else "Give more texts, or set gere_config.replay_size lower.",
         )
     chosen = texts[:wanted]
     bad = [index for index, text in enumerate(chosen) if not isinstance(text, str) or not text.strip()]

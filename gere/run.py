@@ -16,8 +16,8 @@ from gere.cache import Anchor, BuildPlan, build_anchor, open_named, open_or_buil
 from gere.cache.files import canonical_json, write_atomic
 from gere.cache.fingerprint import architecture_digest, weights_digest
 from gere.collator import MixedCollator
-from gere.config import GeReConfig, parse_replay_per_batch, parse_weight
-from gere.errors import CacheCorruptError, CacheMissingError, ReplaySetError
+from gere.config import GeReConfig, parse_replay_per_batch, parse_weight, require
+from gere.errors import CacheCorruptError, CacheMissingError, ConfigError, ReplaySetError
 from gere.meters import Meters
 from gere.objective import ReplayObjective, StepShare
 from gere.replay import ReplaySet, load_replay_set
@@ -77,6 +77,9 @@ class ReplayRun:
         w_strategy: float | str,
         config: GeReConfig | None,
     ) -> None:
+        require(isinstance(saving_dir, (str, Path)), "gere_hidden_state_saving_dir", "a path", saving_dir)
+        require(isinstance(reuse, bool), "reuse_gere_hidden_state", "True or False", reuse)
+        require(isinstance(config, GeReConfig | None), "gere_config", "GeReConfig(...)", config)
         self.folder = Path(saving_dir)
         self.reuse = reuse
         self.replay_per_batch = parse_replay_per_batch(replay_per_batch)
@@ -155,10 +158,11 @@ class ReplayRun:
         self.meters.add(sums)
         return loss * self.share.replay_factor
 
-    def name_anchor(self, folder: Path) -> None:
-        """Write the key of the anchor beside a saved model."""
-        if self.anchor is not None:
-            write_atomic(folder / ANCHOR_FILE, canonical_json({"format_version": 1, "anchor": self.anchor.key}))
+    def name_anchor(self, folder: Path, model: Any) -> None:
+        """Write the key of the anchor beside a saved model; training without replay hands on what it was given."""
+        key = self.anchor.key if self.anchor is not None else _read_key(self.checkpoint) or _loaded_key(model)
+        if key is not None:
+            write_atomic(folder / ANCHOR_FILE, canonical_json({"format_version": 1, "anchor": key}))
 
     def _resolve(self, model: ReadyModel, replay: ReplaySet, resumed: bool, progress: bool) -> Anchor:
         key = self._named_key(model, resumed)
@@ -193,11 +197,19 @@ class ReplayRun:
     def _named_key(self, model: ReadyModel, resumed: bool) -> str | None:
         """Key that the user, the checkpoint or the folder of the loaded model names."""
         if self.config.anchor != "auto":
-            return self.config.anchor
+            return self.config.anchor.removeprefix("anchor-")
         if resumed:
             return _read_key(self.checkpoint)
-        loaded_from = getattr(getattr(model.inner, "config", None), "_name_or_path", "")
-        return _read_key(Path(loaded_from)) if loaded_from and self.reuse else None
+        key = _loaded_key(model.inner)
+        if key is not None and not self.reuse:
+            raise ConfigError(
+                "This model was tuned from another one, whose anchor its folder names; it would become a base itself.",
+                where="reuse_gere_hidden_state",
+                expected=f"True, to use the anchor {key}",
+                found="False",
+                fix=f"Leave it out; or, to make this model a base of its own, delete {ANCHOR_FILE} from its folder.",
+            )
+        return key
 
     def _fields(self, model: ReadyModel, replay: ReplaySet, *, weights_moved: bool) -> dict[str, str]:
         """What the anchor depends on, in the order in which a difference is reported."""
@@ -232,6 +244,12 @@ def _require_fit(model: Any, replay: ReplaySet) -> None:
                 found=found,
                 fix=fix,
             )
+
+
+def _loaded_key(model: Any) -> str | None:
+    """Key in the folder that a model was loaded from."""
+    loaded_from = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return _read_key(Path(loaded_from)) if loaded_from else None
 
 
 def _read_key(folder: Path | None) -> str | None:

@@ -11,10 +11,10 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from gere import _compat
+from gere import _compat, checks
 from gere.callbacks import AnchorCallback
 from gere.collator import REPLAY, ROWS, TASK, MixedDataset
-from gere.config import GeReConfig
+from gere.config import GeReConfig, require
 from gere.run import ReadyModel, ReplayRun
 from gere.sampler import BatchInsertionSampler, parent_order
 from gere.states import refuse_unanchorable
@@ -62,6 +62,7 @@ class GeReMixin(_Parent):
         )
         super().__init__(*args, **_compat.with_processing_class(super().__init__, kwargs))
         if self._gere.active:
+            checks.refuse_own_loss(type(self), GeReMixin)
             refuse_unanchorable(self.model)
             self.add_callback(AnchorCallback(self._gere_prepare))
 
@@ -76,7 +77,7 @@ class GeReMixin(_Parent):
         """Data loader of the parent over task rows and replay rows."""
         if not self._gere.active or self.train_dataset is None:
             return super().get_train_dataloader()
-        _compat.refuse_settings(self)
+        checks.refuse_settings(self)
         task, collator = _compat.without_unused_columns(self)
         with self.accelerator.main_process_first():
             replay = self._gere.replay_set(self.processing_class)
@@ -89,7 +90,7 @@ class GeReMixin(_Parent):
         if not isinstance(dataset, MixedDataset):
             return super()._get_train_sampler(*(() if train_dataset is None else (train_dataset,)))
         with self._gere_data(dataset.task, self.data_collator):
-            parent = _compat.require_row_sampler(super()._get_train_sampler(dataset.task))
+            parent = checks.require_row_sampler(super()._get_train_sampler(dataset.task))
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         ranks = _compat.data_parallel_size(self)
         sampler = BatchInsertionSampler(
@@ -109,7 +110,8 @@ class GeReMixin(_Parent):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
         """Collect the micro-batches of one optimizer step, and let the parent count the tokens of the task rows."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
-        if samples and ROWS in samples[0]:
+        if samples and self._gere.active:
+            checks.require_replay(self, [sample.get(ROWS, (0, 0)) for sample in samples])
             tasks = [sample[TASK] for sample in samples if TASK in sample]
             items = _compat.count_items(self, super().get_batch_samples, tasks, *args, **kwargs)
             divisor = len(samples) if _compat.divides_by_accumulation(self, items) else None
@@ -141,7 +143,7 @@ class GeReMixin(_Parent):
         """Save as the parent does, with the key of the anchor."""
         super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save:
-            self._gere.name_anchor(Path(output_dir or str(self.args.output_dir)))
+            self._gere.name_anchor(Path(output_dir or str(self.args.output_dir)), self.model)
 
     def _gere_prepare(self, resumed: bool) -> None:
         model = ReadyModel(
@@ -207,6 +209,12 @@ def gere_trainer(base: type[Trainer]) -> type[Trainer]:
         base: The class, such as TRL's `SFTTrainer` or your own.
 
     Returns:
-        A subclass that also takes the arguments of `GeReMixin`.
+        A subclass that also takes the arguments of `GeReMixin`; `base` itself if it does already.
+
+    Raises:
+        ConfigError: If `base` is no trainer class.
     """
+    require(isinstance(base, type) and issubclass(base, Trainer), "gere_trainer", "a subclass of Trainer", base)
+    if issubclass(base, GeReMixin):
+        return base
     return type(f"GeRe{base.__name__}", (GeReMixin, base), {"__module__": __name__, "__doc__": GeReMixin.__doc__})

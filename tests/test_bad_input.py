@@ -7,12 +7,13 @@ import json
 import pickle
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration, Trainer
 
-from gere import GeReConfig, GeReError
+from gere import GeReConfig, GeReError, GeReTrainer, general_loss, gere_trainer
 from gere.config import parse_replay_per_batch, parse_weight
 from gere.errors import (
     CacheCorruptError,
@@ -65,7 +66,7 @@ def test_as_many_replay_rows_as_the_batch(make_trainer, value):
     [
         ("replay_strategy", "kl2"), ("normalization", "rows"), ("max_length", 1), ("max_length", "563"),
         ("band_width", 0), ("band_width", "1"), ("std_floor", -1.0), ("replay_size", 0), ("add_bos", "yes"),
-        ("anchor", ""), ("anchor_batch_tokens", 0),
+        ("anchor", ""), ("replay_column", 5), ("replay_split", ""), ("anchor_batch_tokens", 0),
     ],
 )  # fmt: skip
 def test_config_names_the_field(field, value):
@@ -83,6 +84,7 @@ def test_config_names_the_field(field, value):
         ([*TEXTS, 5], {}, "no text"),
         (Dataset.from_dict({"body": TEXTS}), {}, "no such column[\\s\\S]*'body'"),
         (5, {}, "cannot be read from this"),
+        ([{"body": "a b c"}], {}, "item 0 of the list"),
         (DatasetDict(train=Dataset.from_dict({"text": TEXTS})), {}, "one split"),
         (Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(), {}, "not streamed"),
     ],
@@ -95,13 +97,15 @@ def test_replay_sets_that_cannot_be_used(make_trainer, source, changes, match):
     ("name", "content", "match"),
     [
         ("empty.jsonl", "", "empty"),
-        ("broken.jsonl", '{"text": "a b"}\n{"text"', "JSONDecodeError"),
+        ("broken.jsonl", '{"text": "a b"}\n{"text"', "line 2 of the file"),
         ("column.jsonl", '{"body": "a b c"}\n', "record 0[\\s\\S]*'body'"),
         ("object.json", '{"text": "a b c"}', "a JSON dict"),
         ("blank.txt", "\n\n", "empty"),
         ("latin.txt", b"caf\xe9 au lait\n", "UnicodeDecodeError"),
         ("broken.parquet", "no parquet", "cannot be read"),
         ("missing.jsonl", None, "FileNotFoundError"),
+        ("lines.json", '{"text": "a b"}\n{"text": "c d"}\n', "belongs into a .jsonl"),
+        ("table.csv", "text\na b c\n", r"a file of kind '.csv'"),
     ],
 )
 def test_replay_files_that_cannot_be_used(make_trainer, tmp_path, name, content, match):
@@ -109,6 +113,65 @@ def test_replay_files_that_cannot_be_used(make_trainer, tmp_path, name, content,
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(make_trainer(config={"replay_dataset": path}), ReplaySetError, match)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gere_config", {"max_length": 5}),
+        ("gere_config", GeReConfig),
+        ("reuse_gere_hidden_state", "False"),
+        ("gere_hidden_state_saving_dir", None),
+    ],
+)
+def test_arguments_of_another_type(make_trainer, name, value):
+    with pytest.raises(ConfigError, match=f"{name}[\\s\\S]*next:"):
+        make_trainer(**{name: value})
+
+
+@pytest.mark.parametrize("base", [dict, "Trainer", 5])
+def test_gere_trainer_of_something_else(base):
+    with pytest.raises(ConfigError, match="a subclass of Trainer"):
+        gere_trainer(base)
+    assert gere_trainer(GeReTrainer) is GeReTrainer
+
+
+def test_own_loss_before_the_replay_is_refused(make_trainer):
+    class Own(GeReTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **keywords):
+            outputs = model(**inputs)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    class Asking(GeReTrainer):
+        def compute_loss(self, model, inputs, *arguments, **keywords):
+            return 2.0 * super().compute_loss(model, inputs, *arguments, **keywords)
+
+    with pytest.raises(UnsupportedSettingError, match=r"Own.compute_loss[\s\S]*gere_trainer\(MyTrainer\)"):
+        make_trainer(Own)
+    make_trainer(Asking).train()
+
+
+def test_own_data_loader_without_replay_is_refused(make_trainer):
+    class Own(Trainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(self.rows, batch_size=4, collate_fn=self.own_collator)
+
+    class Before(Own, GeReTrainer):
+        pass
+
+    class Behind(gere_trainer(Own), GeReTrainer):
+        pass
+
+    for cls in (Before, Behind):
+        trainer = make_trainer(cls)
+        trainer.rows, trainer.own_collator = trainer.train_dataset, trainer.data_collator
+        refused(trainer, UnsupportedSettingError, "do not hold the replay rows")
+
+
+def test_texts_that_general_loss_cannot_use(model, tokenizer):
+    for texts in ("one string", [], ["", ""]):
+        with pytest.raises(ReplaySetError, match="no general text"):
+            general_loss(model, tokenizer, texts)
 
 
 def test_rows_of_one_token(make_trainer):
@@ -281,33 +344,58 @@ def test_every_source_of_texts_gives_the_same(tmp_path):
     assert load_texts(GeReConfig(replay_dataset=rows, replay_column="body"), tmp_path) == TEXTS
 
 
-def test_hub_texts_are_streamed_once_and_kept(tmp_path, monkeypatch):
-    """A local folder in the hub's format goes through the same code as a name on the hub."""
-    folder, cache = tmp_path / "hub_set", tmp_path / "cache"
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one data set, which is a local folder in the hub's format; `hub.clear()` cuts the network."""
+    folder = tmp_path / "on_the_hub"
     folder.mkdir()
-    many = [f"Text number {index} of the set." for index in range(1200)]
-    Dataset.from_dict({"text": many}).to_parquet(folder / "train-00000-of-00001.parquet")
-    config = GeReConfig(replay_dataset=str(folder))
+    shelf = {"someone/general": folder}
+    real = datasets.load_dataset
+
+    def load(name, **keywords):
+        if name in shelf:
+            return real(str(shelf[name]), **keywords)
+        if Path(name).is_dir():
+            return real(name, **keywords)
+        raise ConnectionError(name)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return shelf
+
+
+def test_hub_texts_are_streamed_once_and_kept(tmp_path, hub):
+    cache, many = tmp_path / "cache", [f"Text number {index} of the set." for index in range(1200)]
+    Dataset.from_dict({"text": many}).to_parquet(hub["someone/general"] / "train-00000-of-00001.parquet")
+    config = GeReConfig(replay_dataset="someone/general")
     assert load_texts(config, cache) == many[:1000]
     assert len(list(cache.glob("replay-*.jsonl"))) == 1
-    (folder / "train-00000-of-00001.parquet").unlink()
-    assert load_texts(config, cache) == many[:1000], "the second start needs no source"
+    hub.clear()
+    assert load_texts(config, cache) == many[:1000], "the second start needs no network"
     kept = next(cache.glob("replay-*.jsonl"))
     kept.write_text(kept.read_text()[:-20])
     with pytest.raises(ReplaySetError, match=kept.name):
         load_texts(config, cache)
-    with pytest.raises(ReplayDownloadError):
-        load_texts(GeReConfig(replay_dataset=str(folder), replay_size=5), cache)
+    with pytest.raises(ReplayDownloadError, match="someone/general"):
+        load_texts(GeReConfig(replay_dataset="someone/general", replay_size=5), cache)
 
 
-def test_hub_set_shorter_than_asked_is_not_kept(tmp_path):
-    folder = tmp_path / "hub_set"
-    folder.mkdir()
-    Dataset.from_dict({"text": ["", *TEXTS, None, "word"]}).to_parquet(folder / "train-00000-of-00001.parquet")
+def test_hub_set_shorter_than_asked_is_not_kept(tmp_path, hub):
+    rows = Dataset.from_dict({"text": ["", *TEXTS, None, "word"]})
+    rows.to_parquet(hub["someone/general"] / "train-00000-of-00001.parquet")
     with pytest.raises(ReplaySetError, match=r"1000 texts[\s\S]*2 texts"):
-        load_texts(GeReConfig(replay_dataset=str(folder)), tmp_path / "cache")
+        load_texts(GeReConfig(replay_dataset="someone/general"), tmp_path / "cache")
     assert not list(tmp_path.rglob("replay-*"))
-    assert load_texts(GeReConfig(replay_dataset=str(folder), replay_size=2), tmp_path / "cache") == TEXTS
+    assert load_texts(GeReConfig(replay_dataset="someone/general", replay_size=2), tmp_path / "cache") == TEXTS
+
+
+def test_a_local_folder_is_read_anew_each_time(tmp_path, hub):
+    folder = hub["someone/general"]
+    for texts in (TEXTS, TEXTS[::-1]):
+        (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        assert load_texts(GeReConfig(replay_dataset=str(folder)), tmp_path / "cache") == texts
+    assert not list(tmp_path.rglob("replay-*"))
+    with pytest.raises(ReplayDownloadError, match="replay_split"):
+        load_texts(GeReConfig(replay_dataset=str(folder), replay_split="val"), tmp_path / "cache")
 
 
 def test_rows_are_cut_and_begin_as_the_tokenizer_says(tokenizer):

@@ -71,7 +71,7 @@ def rows_of_a_step(task, count_task=11, count_replay=5):
 @pytest.mark.parametrize("w", ["dy", 3.0])
 @pytest.mark.parametrize("counted", [True, False])
 def test_gradient_does_not_depend_on_the_split(make_trainer, task, tokenizer, w, normalization, counted):
-    trainer = anchored(make_trainer, w=w, config={"normalization": normalization})
+    trainer = anchored(make_trainer, w=w, replay=5, config={"normalization": normalization})
     trainer.model_accepts_loss_kwargs = counted
     # A parent that does not count tokens averages over a micro-batch: its rows have answers of one length here.
     rows = rows_of_a_step(with_longer_answers(task) if counted else task)
@@ -90,7 +90,7 @@ def test_gradient_does_not_depend_on_the_split(make_trainer, task, tokenizer, w,
 
 def test_loss_of_a_step_equals_the_definition(make_trainer, task, tokenizer):
     """L = T/B L_task + 1/B sum (CE_i + w D_i), each part computed by other means."""
-    trainer = anchored(make_trainer, w=3.0)
+    trainer = anchored(make_trainer, w=3.0, replay=5)
     task = with_longer_answers(task)
     rows = rows_of_a_step(task)
     model = drifted()
@@ -158,7 +158,7 @@ def test_single_violations_of_a_row_are_noise_in_16_bits_only(model, precision, 
 def test_only_task_rows_give_the_parents_loss_bit_for_bit(make_trainer, task, tokenizer):
     """The data path of a mixed batch, with no replay row in the step."""
     for rows in ([task[0], task[3]], [task[5]] * 4):
-        trainer, plain = anchored(make_trainer), make_trainer(Trainer, model=drifted())
+        trainer, plain = anchored(make_trainer, replay=0), make_trainer(Trainer, model=drifted())
         batches = [trainer._gere._collator([TaskRow(row) for row in rows]) for _ in range(2)]
         loss, gradient = step_gradient(trainer, drifted(), batches)
         samples, items = plain.get_batch_samples(
@@ -252,7 +252,7 @@ def test_share_of_a_step():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_label_smoothing_does_not_depend_on_the_split(make_trainer, arguments, task, smoothing):
-    trainer = anchored(make_trainer, args=arguments(label_smoothing_factor=smoothing))
+    trainer = anchored(make_trainer, args=arguments(label_smoothing_factor=smoothing), replay=5)
     rows = rows_of_a_step(task)
     results = []
     for steps, micro in SPLITS:
@@ -266,8 +266,8 @@ def test_label_smoothing_does_not_depend_on_the_split(make_trainer, arguments, t
 def test_no_value_is_read_back_between_logs(make_trainer, arguments, monkeypatch):
     """Replay must not wait for the device in a training step."""
     trainer = anchored(make_trainer)
-    batch = next(iter(trainer.get_train_dataloader()))
-    assert isinstance(batch[ROWS][0], int)
+    batches = list(trainer.get_train_dataloader())[:2]
+    assert isinstance(batches[0][ROWS][0], int)
     replay = trainer._gere._collator.replay_batch([0, 1])
     model = trainer.model.train()
 
@@ -282,7 +282,7 @@ def test_no_value_is_read_back_between_logs(make_trainer, arguments, monkeypatch
     with monkeypatch.context() as patch:
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy", "nonzero"):
             patch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
-        trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+        trainer.get_batch_samples(iter(batches), 2, torch.device("cpu"))
         trainer._gere.replay_part(model, replay)
         trainer._gere.task_part(torch.tensor(1.0), 1)
 

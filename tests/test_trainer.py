@@ -15,7 +15,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, Train
 from gere import GeReConfig, GeReSeq2SeqTrainer, GeReTrainer, gere_trainer
 from gere.base_model import BaseModel
 from gere.collator import MixedDataset
-from gere.errors import CacheMismatchError
+from gere.errors import CacheMismatchError, ConfigError
 
 KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
 
@@ -299,6 +299,32 @@ def test_saved_model_names_its_anchor_and_a_later_task_finds_it(make_trainer, tm
     moved = make_trainer(model=first.model, config={"anchor": first._gere.anchor.key})
     moved.train()
     assert moved._gere.anchor.key == first._gere.anchor.key
+
+
+def test_a_tuned_model_cannot_become_the_base_by_accident(make_trainer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    first = make_trainer()
+    first.train()
+    first.save_model(str(tmp_path / "task-1"))
+
+    def tuned(folder):
+        return AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32)
+
+    anew = make_trainer(model=tuned("task-1"), reuse_gere_hidden_state=False)
+    with pytest.raises(ConfigError, match=r"reuse_gere_hidden_state[\s\S]*delete gere_anchor.json"):
+        anew.train()
+    without = make_trainer(model=tuned("task-1"), config={"replay_strategy": "none"})
+    without.train()
+    without.save_model(str(tmp_path / "task-2"))
+    third = make_trainer(model=tuned("task-2"), config={"anchor": f"anchor-{first._gere.anchor.key}"})
+    third.train()
+    fourth = make_trainer(model=tuned("task-2"))
+    fourth.train()
+    assert third._gere.anchor.key == fourth._gere.anchor.key == first._gere.anchor.key
+    other = make_trainer(model=tuned("task-2"), config={"max_length": 40})
+    with pytest.raises(CacheMismatchError, match=r"max_length 40[\s\S]*\(this run\)[\s\S]*from the base model"):
+        other.train()
 
 
 def test_tiny_model_is_the_committed_one():

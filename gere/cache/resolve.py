@@ -13,6 +13,10 @@ from gere.cache.fingerprint import differences, key_of
 from gere.cache.store import MANIFEST, Anchor, read_manifest
 from gere.errors import CacheCorruptError, CacheMismatchError, CacheMissingError
 
+NAMED_WAY_ON = (
+    "Restore the setting; or, from the base model, build an anchor with the new settings (one step is enough) and set "
+    "gere_config.anchor to its key."
+)
 WAYS_ON = {
     "weights": "Start from the base model that the anchor belongs to; if this model was fine-tuned from it, set "
     "gere_config.anchor to the anchor's key; for a new base model use another gere_hidden_state_saving_dir, or "
@@ -48,10 +52,11 @@ def open_named(root: Path, key: str, fields: Mapping[str, str]) -> Anchor:
             where=root,
             expected=folder.name,
             found=", ".join(path.name for path in anchors_in(root)) or "no anchor",
-            fix="Set gere_hidden_state_saving_dir to the folder of the first run, or copy that folder here.",
+            fix="Set gere_hidden_state_saving_dir to the folder of the first run, or copy that folder here; or make "
+            "the anchor again by one step from the base model with the same settings, which gives the same key.",
         )
     anchor = _open(folder)
-    _require_same(fields, {name: anchor.fields.get(name, "") for name in fields}, folder)
+    _require_same(fields, {name: anchor.fields.get(name, "") for name in fields}, folder, NAMED_WAY_ON)
     return anchor
 
 
@@ -109,18 +114,26 @@ def _refuse_others(root: Path, fields: Mapping[str, str]) -> None:
     others = [(path, read_manifest(path)["fields"]) for path in anchors_in(root)]
     if others:
         nearest, found = min(others, key=lambda other: len(differences(fields, other[1])))
-        _require_same(fields, found, nearest)
+        names = differences(fields, found)
+        _require_same(fields, found, nearest, WAYS_ON["weights" if "weights" in names else ""])
 
 
-def _require_same(wanted: Mapping[str, str], found: Mapping[str, str], folder: Path) -> None:
+def _require_same(wanted: Mapping[str, str], found: Mapping[str, str], folder: Path, fix: str) -> None:
     names = differences(wanted, found)
     if names:
+        causes = [name for name in names if name != "input_ids"] or ["input_ids"]  # the ids follow from the others
         error = CacheMismatchError(
-            f"The anchor was made from other {', '.join(names)}.",
+            f"The anchor was made from other {', '.join(causes)}.",
             where=folder,
-            expected="; ".join(f"{name} {wanted.get(name)}" for name in names),
-            found="; ".join(f"{name} {found.get(name)}" for name in names),
-            fix=WAYS_ON["weights" if "weights" in names else ""],
+            expected="; ".join(f"{name} {_short(wanted.get(name))}" for name in causes) + " (this run)",
+            found="; ".join(f"{name} {_short(found.get(name))}" for name in causes) + " (the anchor)",
+            fix=fix,
         )
         error.fields = names
         raise error
+
+
+def _short(value: str | None) -> str:
+    """A field as a person reads it: the beginning of a digest, anything else whole."""
+    text = "not there" if value is None else value
+    return text[:12] if len(text) == 64 and " " not in text else text

@@ -29,7 +29,7 @@ def refuse_settings(trainer: Any) -> None:
             "train_dataset",
             "a dataset with a length",
             type(data).__name__,
-            "Load it instead of streaming it.",
+            "Load it, do not stream it.",
         ),
         (args.n_gpu > 1, "nn.DataParallel", "one GPU for each process", f"{args.n_gpu} GPUs", "Start with torchrun."),
         (bool(loader.split_batches), f"{names}split_batches", "False", True, "Leave it out."),

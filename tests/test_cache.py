@@ -161,6 +161,15 @@ def test_sigma_has_a_floor():
     assert regions(values, bands.lower, bands.upper)[:, 0].abs().sum() == 0
 
 
+@pytest.mark.parametrize("width", [0.5, 1.0, 2.0])
+def test_band_width(width):
+    values = torch.randn(500, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 4 + 7
+    bands = mean_std_bands(Moments.of(values), width, 1e-3, torch.zeros(3))
+    mean, std = values.mean(0), values.std(0, correction=0)
+    torch.testing.assert_close(bands.lower, (mean - width * std).float())
+    torch.testing.assert_close(bands.upper, (mean + width * std).float())
+
+
 def test_batches_are_of_like_length_and_within_the_budget():
     rows = toy_rows(40)
     batches = list(batches_by_length(rows, 90))

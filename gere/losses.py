@@ -98,7 +98,7 @@ def next_token_ce(logits: Tensor, input_ids: Tensor, mask: Tensor, chunk_tokens:
     """Mean next-token cross-entropy of each row, without a full float32 copy of the logits.
 
     References:
-        DESIGN of this library; equals the label-fitting loss of the official code for a batch of one row.
+        Label fitting in GeRe, arXiv 2508.04676; equals the official code for a batch of one row.
 
     Inputs:
         | argument | shape | meaning |

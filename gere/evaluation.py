@@ -33,11 +33,8 @@ def general_loss(
     Raises:
         ReplaySetError: If no text has two tokens.
     """
-    encoded = (
-        []
-        if isinstance(texts, str) or not texts
-        else copy.deepcopy(tokenizer)(list(texts), verbose=False)["input_ids"]
-    )
+    usable = [] if isinstance(texts, str) else list(texts)
+    encoded = copy.deepcopy(tokenizer)(usable, verbose=False)["input_ids"] if usable else []
     rows = [row for row in (list(ids)[:max_length] for ids in encoded) if len(row) > 1]
     if not rows:
         raise ReplaySetError(

@@ -21,7 +21,7 @@ from gere.errors import CacheCorruptError, CacheMissingError, ConfigError, Repla
 from gere.meters import Meters
 from gere.objective import ReplayObjective, StepShare
 from gere.replay import ReplaySet, load_replay_set
-from gere.states import StateReader, is_adapted
+from gere.states import StateReader
 
 ANCHOR_FILE = "gere_anchor.json"
 
@@ -44,11 +44,6 @@ class ReadyModel(NamedTuple):
     precision: str
     fresh: bool
     main: bool
-
-    @property
-    def adapted(self) -> bool:
-        """Whether an adapter is trained, so that the base model is still there."""
-        return is_adapted(self.inner)
 
 
 class ReplayRun:
@@ -229,8 +224,8 @@ class ReplayRun:
 def _require_fit(model: Any, replay: ReplaySet) -> None:
     """Refuse tokens or lengths that the model has no embedding for, before it fails on the device."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    positions = getattr(model.config, "max_position_embeddings", None) or len(max(replay.rows, key=len))
     largest, longest = max(map(max, replay.rows)), max(map(len, replay.rows))
+    positions = getattr(model.config, "max_position_embeddings", None) or longest
     checks = (
         ("token ids", largest, vocabulary - 1, "Resize the embeddings, or pass the model's own tokenizer."),
         ("tokens in a row", longest, positions, f"Set gere_config.max_length to {positions} or less."),

@@ -68,8 +68,9 @@ class GeReMixin(_Parent):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the parent does; a checkpoint names the anchor of its run."""
-        named = resume_from_checkpoint
-        checkpoint = get_last_checkpoint(str(self.args.output_dir)) if named is True else named
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(str(self.args.output_dir))
         self._gere.checkpoint = Path(checkpoint) if checkpoint else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

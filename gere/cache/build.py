@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from gere.cache.bands import Moments, mean_std_bands
 from gere.cache.codec import PER_BYTE, pack, regions
-from gere.cache.files import file_sha256, make_folder, require_space, sha256, sync_folder, write_atomic
+from gere.cache.files import make_folder, require_space, sha256, sync_folder, write_atomic
 from gere.cache.parts import load_part, read_part, store_part
-from gere.cache.store import BANDS, MANIFEST, ROWS, manifest_bytes, read_manifest, shard_name
+from gere.cache.store import BANDS, MANIFEST, ROWS, manifest_bytes, read_manifest, shard_name, verify_files
 from gere.errors import CacheCorruptError, CacheError, NonFiniteStateError
 
 NOISE_ROWS = 8
@@ -235,7 +235,11 @@ def _is_complete(partial: Path) -> bool:
             found=str(error).splitlines()[0],
             fix="Delete this .partial folder; the anchor is then built again from the base model.",
         ) from error
-    return all((partial / name).exists() and file_sha256(partial / name) == digest for name, digest in files.items())
+    try:
+        verify_files(partial, files)
+    except CacheCorruptError:
+        return False
+    return True
 
 
 def _publish(partial: Path, folder: Path) -> None:

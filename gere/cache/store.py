@@ -90,8 +90,7 @@ class Anchor:
     """The base model's regions and losses on the replay set, memory-mapped.
 
     Args:
-        folder: Folder of the anchor.
-        verify: Compare the hash of every file with the manifest.
+        folder: Folder of the anchor; the hash of every file in it is compared with the manifest.
 
     Attributes:
         key: Key of the anchor.
@@ -104,15 +103,14 @@ class Anchor:
         CacheMismatchError: If it was written in another format.
     """
 
-    def __init__(self, folder: Path, *, verify: bool = True) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
         self.key: str = manifest["key"]
         self.fields: dict[str, str] = manifest["fields"]
         self.rows: int = manifest["shape"]["rows"]
         self.dim: int = manifest["shape"]["dim"]
-        if verify:
-            verify_files(self.folder, manifest["files"])
+        verify_files(self.folder, manifest["files"])
 
     @cached_property
     def bands(self) -> Bands:

@@ -371,6 +371,18 @@ def test_a_kill_before_the_name_is_finished_by_any_opening(tmp_path, monkeypatch
     assert open_named(tmp_path, key_of(fields), {"texts": "t"}).rows == 12
 
 
+def test_a_build_whose_last_bytes_were_lost_is_not_given_its_name(tmp_path, monkeypatch):
+    folder, plan = tmp_path / "anchor-a", plan_of(toy_rows())
+    with monkeypatch.context() as patch:
+        patch.setattr("gere.cache.build._publish", lambda *arguments: None)
+        build_anchor(folder, plan, ToyModel(), progress=False)
+    lost = tmp_path / "anchor-a.partial" / "regions-00000.safetensors"
+    whole = lost.read_bytes()
+    lost.write_bytes(whole[:-1])
+    build_anchor(folder, plan, ToyModel(), progress=False)
+    assert (Anchor(folder).folder / lost.name).read_bytes() == whole
+
+
 def test_an_anchor_under_another_name_is_refused(tmp_path):
     other = {"weights": "w", "texts": "u"}
     build_anchor(tmp_path / f"anchor-{key_of(other)}", plan_of(toy_rows()), ToyModel(), progress=False)

@@ -58,8 +58,7 @@ def refuse_reentrant(trainer: Any, model: nn.Module) -> None:
     width = trainer.accelerator.num_processes * trainer._train_batch_size
     rows = trainer._gere.replay_per_batch
     mixed = trainer._gere.adding or not rows or rows % width
-    wrapped = trainer.accelerator.num_processes > 1 or "DEEPSPEED" in str(trainer.accelerator.distributed_type)
-    if wrapped and mixed and is_reentrant(model):
+    if several_wrapped(trainer) and mixed and is_reentrant(model):
         ways = "" if trainer._gere.adding else f"; or make num_interpolate_per_batch a multiple of {width}"
         raise UnsupportedSettingError(
             "Reentrant checkpointing does not allow two forward passes in a micro-step on several processes.",
@@ -68,6 +67,12 @@ def refuse_reentrant(trainer: Any, model: nn.Module) -> None:
             found="use_reentrant True",
             fix=f"Set it so (LLaMA-Factory: use_reentrant_gc: false){ways}.",
         )
+
+
+def several_wrapped(trainer: Any) -> bool:
+    """Whether the model is wrapped in what takes a second backward pass through a weight for a fault."""
+    accelerator = trainer.accelerator
+    return accelerator.num_processes > 1 or "DEEPSPEED" in str(accelerator.distributed_type)
 
 
 def why_added(trainer: Any) -> str | None:

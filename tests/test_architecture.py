@@ -15,7 +15,7 @@ PACKAGE = Path(gere.__file__).parent
 RANKS = {
     **dict.fromkeys(["errors"], 0),
     **dict.fromkeys(["config", "losses", "sampler", "meters", "states", "_compat"], 1),
-    **dict.fromkeys(["cache", "checks"], 2),
+    **dict.fromkeys(["arguments", "cache", "checks"], 2),
     **dict.fromkeys(["replay", "collator"], 3),
     **dict.fromkeys(["base_model", "evaluation", "objective"], 4),
     **dict.fromkeys(["run"], 5),
@@ -23,6 +23,7 @@ RANKS = {
     **dict.fromkeys(["trainer"], 6),
 }
 FORBIDDEN = {
+    "arguments": {"torch", "transformers", "pathlib"},
     "config": {"torch", "transformers", "pathlib"},
     "losses": {"transformers", "pathlib"},
     "sampler": {"datasets", "transformers"},

@@ -21,6 +21,7 @@ RANKS = {
     **dict.fromkeys(["run"], 5),
     **dict.fromkeys(["callbacks"], 5),
     **dict.fromkeys(["trainer"], 6),
+    **dict.fromkeys(["integrations"], 7),
 }
 FORBIDDEN = {
     "arguments": {"torch", "transformers", "pathlib"},

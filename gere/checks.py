@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import BatchSampler
 
+from gere import _compat
 from gere.collator import RowCounts
 from gere.errors import UnsupportedSettingError
 
@@ -54,6 +55,13 @@ def refuse_settings(trainer: Any) -> None:
             "'random', 'sequential' or 'group_by_length'",
             "'batch_rebalance'",
             "Use 'group_by_length' against padding.",
+        ),
+        (
+            bool(getattr(args, "torch_compile", False)) and not _compat.can_uncompile(),
+            "torch_compile",
+            "torch 2.6 or later, which can call a compiled model as it is",
+            "an older torch",
+            "Update torch, or leave torch_compile out.",
         ),
     )
     for wrong, where, expected, found, fix in problems:

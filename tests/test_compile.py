@@ -28,7 +28,9 @@ class OwnLoss(GeReTrainer):
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
+def fresh_compiler(monkeypatch):
+    """`TrainingArguments` of transformers 4 leaves its compiler in the environment of later tests."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
     torch._dynamo.reset()
     counters.clear()
 

@@ -8,6 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
+
+from gere.ranks import ALONE, Ranks
 
 
 def divides_by_accumulation(trainer: Any, num_items_in_batch: Any) -> bool:
@@ -31,6 +34,18 @@ def with_processing_class(parent_init: Any, kwargs: dict[str, Any]) -> dict[str,
     if "tokenizer" not in kwargs or "processing_class" in kwargs or "processing_class" not in known:
         return kwargs
     return {"processing_class" if name == "tokenizer" else name: value for name, value in kwargs.items()}
+
+
+def ranks_of(trainer: Any, *, lockstep: bool = False) -> Ranks:
+    """The processes of a trainer's run."""
+    accelerator = trainer.accelerator
+    return Ranks(
+        index=accelerator.process_index,
+        count=accelerator.num_processes,
+        first_here=accelerator.is_local_main_process,
+        lockstep=lockstep,
+        gather=(lambda item: gather_object([item])) if accelerator.num_processes > 1 else ALONE.gather,
+    )
 
 
 def counts_over_ranks(trainer: Any) -> bool:
@@ -67,5 +82,9 @@ def can_uncompile() -> bool:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Call compiled models as if they were not."""
+    """Call compiled models as if they were not, where states are read.
+
+    Code that was compiled before does not know a hook that came later. And compiled code rounds in another way than
+    the base model did when it was anchored, which would count as drift.
+    """
     return torch.compiler.set_stance("force_eager") if can_uncompile() else nullcontext()

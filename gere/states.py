@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gere import _compat
 from gere.errors import UnsupportedModelError
 
 SHIFTING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -127,15 +126,10 @@ class StateReader:
 
     @contextmanager
     def reading(self) -> Iterator[StateReader]:
-        """Capture the state of the forward pass inside the `with` block, which is not a compiled one.
-
-        Code that was compiled before does not know a hook that came later. And a compiler rounds in another way than
-        the base model's states were, which would count as drift.
-        """
+        """Capture the state of the forward pass inside the `with` block."""
         handle = self._decoder.register_forward_hook(self._keep)
         try:
-            with _compat.uncompiled():
-                yield self
+            yield self
         finally:
             handle.remove()
             self._state = None

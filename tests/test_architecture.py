@@ -13,8 +13,9 @@ import gere
 
 PACKAGE = Path(gere.__file__).parent
 RANKS = {
-    **dict.fromkeys(["errors", "_compat"], 0),
-    **dict.fromkeys(["config", "losses", "sampler", "meters", "states"], 1),
+    **dict.fromkeys(["errors"], 0),
+    **dict.fromkeys(["config", "losses", "sampler", "meters", "states", "ranks", "sharded"], 1),
+    **dict.fromkeys(["_compat"], 2),
     **dict.fromkeys(["arguments", "cache"], 2),
     **dict.fromkeys(["replay", "collator"], 3),
     **dict.fromkeys(["base_model", "checks", "evaluation", "objective"], 4),

@@ -54,16 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The words after the program's name; `None` for those of this process.
 
     Raises:
-        GeReError: As `run`, before any process is started.
+        SystemExit: With the message of what `run` would raise, before any process is started.
     """
-    parser = argparse.ArgumentParser(prog="gere-llamafactory", description="LLaMA-Factory's training with replay.")
-    train = parser.add_subparsers(required=True, metavar="train").add_parser("train", help="train by a config file")
-    train.add_argument("config", type=Path, help="YAML or JSON as for llamafactory-cli, with a section gere")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings instead of those of the config")
+    parser = _parser()
     options = parser.parse_args(arguments)
-    config = read_config(options.config, options.overrides)
-    _split(config, f"{options.config}, section {SECTION}")
-    misc = _import("llamafactory.extras.misc")
+    try:
+        config = read_config(options.config, options.overrides)
+        _split(config, f"{options.config}, section {SECTION}")
+        misc = _import("llamafactory.extras.misc")
+    except GeReError as error:
+        parser.exit(2, f"{error}\n")
     devices = misc.get_device_count()
     if _starts_processes(devices):
         own = ["-m", "gere.integrations.llamafactory", "train", str(options.config), *options.overrides]
@@ -97,6 +97,14 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise _unreadable(path, "a list")
     merged: dict[str, Any] = reader.to_container(reader.merge(loaded, reader.from_cli([*overrides])))
     return merged
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gere-llamafactory", description="LLaMA-Factory's training with replay.")
+    train = parser.add_subparsers(required=True, metavar="train").add_parser("train", help="train by a config file")
+    train.add_argument("config", type=Path, help="YAML or JSON as for llamafactory-cli, with a section gere")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings instead of those of the config")
+    return parser
 
 
 @contextmanager
@@ -149,7 +157,7 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name not in {"llamafactory", "omegaconf"}:
+        if str(error.name).split(".")[0] not in {"llamafactory", "omegaconf"}:
             raise
         what = "LLaMA-Factory is not installed in this environment."
         raise GeReError(what, where=name, fix="pip install llamafactory==0.9.5") from error

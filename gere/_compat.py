@@ -30,10 +30,11 @@ def with_processing_class(parent_init: Any, kwargs: dict[str, Any]) -> dict[str,
     return {"processing_class" if name == "tokenizer" else name: value for name, value in kwargs.items()}
 
 
-def data_parallel_size(trainer: Any) -> int:
-    """Ranks that see different rows."""
-    size = getattr(trainer, "get_tp_size", lambda: 1)()
-    return int(trainer.accelerator.num_processes // max(1, size))
+def counts_over_ranks(trainer: Any) -> bool:
+    """Whether the tokens that the parent divides a loss by are those of all ranks."""
+    return (
+        bool(getattr(trainer.args, "average_tokens_across_devices", False)) or trainer.accelerator.num_processes == 1
+    )
 
 
 def count_items(trainer: Any, collect: Any, tasks: Sequence[Any], *args: Any, **kwargs: Any) -> Any:

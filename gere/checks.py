@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import BatchSampler
 
-from gere._compat import data_parallel_size
+from gere.collator import RowCounts
 from gere.errors import UnsupportedSettingError
 
 
@@ -60,40 +60,21 @@ def refuse_settings(trainer: Any) -> None:
         if wrong:
             what = "A training setting does not go together with replay."
             raise UnsupportedSettingError(what, where=where, expected=expected, found=found, fix=fix)
-    _refuse_uneven_forwards(trainer)
 
 
-def refuse_own_loss(cls: type, mixin: type) -> None:
-    """Refuse a loss that stands before the mixin and never asks it.
-
-    Raises:
-        UnsupportedSettingError: Since such a loss would take a mixed batch for a plain one.
-    """
-    for before in cls.__mro__[: cls.__mro__.index(mixin)]:
-        code = getattr(vars(before).get("compute_loss"), "__code__", None)
-        if code is not None and not {"super", "compute_loss"} & set(code.co_names):
-            raise UnsupportedSettingError(
-                "A loss of your own stands before the replay and would get task rows and replay rows mixed.",
-                where=f"{before.__name__}.compute_loss",
-                expected="a loss that knows task rows alone",
-                found="a compute_loss that does not call super().compute_loss",
-                fix="Put it into a subclass of Trainer, say MyTrainer, and use gere_trainer(MyTrainer).",
-            )
-
-
-def require_replay(trainer: Any, rows: Sequence[tuple[int, int]]) -> None:
+def require_replay(trainer: Any, rows: Sequence[RowCounts]) -> None:
     """Refuse a step whose batches do not come from the sampler of replay.
 
     Args:
         trainer: The trainer.
-        rows: Task rows and replay rows of each micro-batch on this rank.
+        rows: Rows of each micro-step.
 
     Raises:
         UnsupportedSettingError: If a data loader of the user's own left the replay rows out.
     """
     wanted = trainer._gere.replay_per_batch
-    found = sum(replay for _, replay in rows) * data_parallel_size(trainer)
-    if any(counts == (0, 0) for counts in rows) or (wanted and found != wanted):
+    found = sum(counts.all_replay for counts in rows)
+    if not all(map(any, rows)) or (wanted and found != wanted):
         raise UnsupportedSettingError(
             "The training batches do not hold the replay rows.",
             where=f"{type(trainer).__name__}.get_train_dataloader",
@@ -101,20 +82,6 @@ def require_replay(trainer: Any, rows: Sequence[tuple[int, int]]) -> None:
             found=f"{found} replay rows",
             fix="Build the loader from self.train_dataset, self.data_collator and self._get_train_sampler() in a "
             "subclass of Trainer, and use gere_trainer(...) of it; or override _get_train_sampler alone.",
-        )
-
-
-def _refuse_uneven_forwards(trainer: Any) -> None:
-    """Several processes wait for each other for ever if they call the model a different number of times."""
-    ranks, rows = data_parallel_size(trainer), trainer._gere.replay_per_batch
-    width = ranks * trainer._train_batch_size
-    if ranks > 1 and (rows == 0 or rows % width):
-        raise UnsupportedSettingError(
-            "Replay rows do not fill whole micro-steps of all processes.",
-            where="num_interpolate_per_batch",
-            expected=f"a multiple of {width} (processes x per_device_train_batch_size)",
-            found=rows,
-            fix="Lower per_device_train_batch_size and raise gradient_accumulation_steps, or change the replay rows.",
         )
 
 

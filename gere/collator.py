@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,27 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from gere.cache import Anchor
+from gere.sampler import Slot
 
 TASK, REPLAY, ROWS = "gere_task", "gere_replay", "gere_rows"
+TOKENS = ("input_ids", "attention_mask")
 Collator = Callable[[list[Any]], dict[str, Any]]
+
+
+class RowCounts(NamedTuple):
+    """Rows of a micro-step; in a batch a plain tuple, since `Trainer` rebuilds tuples from one argument.
+
+    Attributes:
+        task: Task rows on this rank.
+        replay: Replay rows on this rank.
+        all_task: Task rows over all ranks.
+        all_replay: Replay rows over all ranks.
+    """
+
+    task: int
+    replay: int
+    all_task: int
+    all_replay: int
 
 
 @dataclass(frozen=True)
@@ -23,13 +41,19 @@ class TaskRow:
     """A row of the user's dataset. No dict, so that no column of it is taken for an unused one."""
 
     content: Any
+    everywhere: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class ReplayRow:
-    """A row of the replay set by its index."""
+    """A row of the replay set by its index.
+
+    `everywhere`, here and in `TaskRow`, are the task rows and replay rows of its micro-step over all ranks; `None` if
+    this rank holds them all.
+    """
 
     index: int
+    everywhere: tuple[int, int] | None = None
 
 
 class MixedDataset(Dataset[TaskRow | ReplayRow]):
@@ -53,43 +77,72 @@ class MixedDataset(Dataset[TaskRow | ReplayRow]):
         """Task rows and replay rows together."""
         return self.num_task + self.num_replay
 
-    def __getitem__(self, index: int) -> TaskRow | ReplayRow:
+    def __getitem__(self, slot: int | Slot) -> TaskRow | ReplayRow:
         """Row at a flat index of the sampler."""
-        return ReplayRow(index - self.num_task) if index >= self.num_task else TaskRow(self.task[index])
+        index, everywhere = (slot.place, slot[1:]) if isinstance(slot, Slot) else (slot, None)
+        if index >= self.num_task:
+            return ReplayRow(index - self.num_task, everywhere)
+        return TaskRow(self.task[index], everywhere)
+
+    def spare(self) -> Any:
+        """A task row for a rank that has none in a micro-step in which others do."""
+        return self.task[0]
 
 
 class MixedCollator:
     """Collate task rows by the user's collator and replay rows by padding, as one nested batch.
 
     The batch has no top-level `labels`: Trainer would gather counts of them on some ranks only. Top-level `input_ids`
-    and `attention_mask` hold the tokens of both parts in one dimension, for the trainer's token and FLOP counters.
+    and `attention_mask` hold the task tokens in one dimension, for the trainer's token and FLOP counters. A part that
+    other ranks have in this micro-step and this one has not is there all the same, made of one spare row, since ranks
+    that call the model a different number of times wait for each other for ever. `gere_rows` counts real rows only.
 
     Args:
         task_collator: The user's collator.
         rows: Token ids of the replay rows.
         pad_id: Padding token of the replay rows.
+        spare: Gives a task row for a rank that has none; needed with several ranks.
 
     Attributes:
         anchor: Stored targets, once known; without it replay rows carry tokens alone.
     """
 
-    def __init__(self, task_collator: Collator, rows: Sequence[Sequence[int]], pad_id: int) -> None:
+    def __init__(
+        self,
+        task_collator: Collator,
+        rows: Sequence[Sequence[int]],
+        pad_id: int,
+        spare: Callable[[], Any] | None = None,
+    ) -> None:
         self.task_collator = task_collator
         self.rows = rows
         self.pad_id = pad_id
+        self.spare = spare
         self.anchor: Anchor | None = None
 
     def __call__(self, rows: Sequence[TaskRow | ReplayRow]) -> dict[str, Any]:
         """Collate the rows of one micro-batch."""
         tasks = [row.content for row in rows if isinstance(row, TaskRow)]
         replay = [row.index for row in rows if isinstance(row, ReplayRow)]
+        here = len(tasks), len(replay)
+        all_task, all_replay = rows[0].everywhere or here
         batch: dict[str, Any] = {}
-        if tasks:
-            batch[TASK] = dict(self.task_collator(copy.copy(tasks)))
-        if replay:
-            batch[REPLAY] = self.replay_batch(replay)
-        batch[ROWS] = (len(tasks), len(replay))  # numbers, not a tensor: reading one would wait for the device
-        return batch | _flat_tokens([part for part in (batch.get(TASK), batch.get(REPLAY)) if part])
+        if all_task:
+            batch[TASK] = dict(self.task_collator(copy.copy(tasks or self._spare_tasks())))
+        if all_replay:
+            batch[REPLAY] = self.replay_batch(replay or [self.spare_replay])
+        batch[ROWS] = (*here, all_task, all_replay)  # numbers, not a tensor: reading one would wait for the device
+        return batch | _flat_tokens(batch.get(TASK), here[0])
+
+    @property
+    def spare_replay(self) -> int:
+        """The shortest replay row, for a rank that has none in a micro-step in which others do."""
+        return min(range(len(self.rows)), key=lambda row: len(self.rows[row]))
+
+    def _spare_tasks(self) -> list[Any]:
+        if self.spare is None:
+            raise RuntimeError("a collator of several ranks needs a spare task row")
+        return [self.spare()]
 
     def replay_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Pad replay rows on the right and add their stored targets.
@@ -126,7 +179,21 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
     }
 
 
-def _flat_tokens(parts: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    names = ("input_ids", "attention_mask")
-    shared = [name for name in names if all(isinstance(part.get(name), Tensor) for part in parts)]
-    return {name: torch.cat([part[name].flatten() for part in parts]) for name in shared}
+def countable_tasks(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Task parts of the micro-batches of a step; a spare row learns nothing there, so that its tokens count 0."""
+    found = []
+    for sample in samples:
+        task = sample.get(TASK)
+        if task is not None and not sample[ROWS][0] and isinstance(task.get("labels"), Tensor):
+            task = {**task, "labels": torch.full_like(task["labels"], -100)}
+        if task is not None:
+            found.append(task)
+    return found
+
+
+def _flat_tokens(task: dict[str, Any] | None, rows: int) -> dict[str, Tensor]:
+    """Tokens of the task rows in one dimension, none for a spare row or where there is no task row."""
+    if task is None:
+        return {name: torch.zeros(0, dtype=torch.int64) for name in TOKENS}
+    found = {name: task[name].flatten() for name in TOKENS if isinstance(task.get(name), Tensor)}
+    return found if rows else {name: tokens[:0] for name, tokens in found.items()}

@@ -77,21 +77,24 @@ class StepShare(NamedTuple):
         ranks: Number of ranks, over which gradients are averaged.
         divisor: What the trainer divides each loss by: the accumulation steps, or `None` if it does not divide,
             since the parent's losses of the step already add up to L_task.
+        own_share: Task rows of this rank over the mean of all ranks, where the losses of each rank add up to a mean
+            over its own rows; 1 where they add up over all ranks.
     """
 
     task_rows: int
     replay_rows: int
     ranks: int
     divisor: int | None
+    own_share: float = 1.0
 
     @property
     def _rows(self) -> int:
         return self.task_rows + self.replay_rows
 
     def task_factor(self, rows_here: int) -> float:
-        """Factor of the parent's loss of a micro-batch; the parent's means count by their rows."""
+        """Factor of the parent's loss of a micro-batch; the parent's means count by their rows, a spare row by 0."""
         if self.divisor is None:
-            return self.task_rows / self._rows
+            return self.task_rows * self.own_share / self._rows if rows_here else 0.0
         return rows_here * self.ranks * self.divisor / self._rows
 
     @property
@@ -101,7 +104,9 @@ class StepShare(NamedTuple):
 
     def logged_factor(self, rows_here: int) -> float:
         """What a parent's loss adds to the logged L_task, the mean over ranks taken later."""
-        return 1.0 if self.divisor is None else rows_here * self.ranks / self.task_rows
+        if self.divisor is None:
+            return self.own_share if rows_here else 0.0
+        return rows_here * self.ranks / self.task_rows
 
 
 def _totals(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:

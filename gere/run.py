@@ -15,7 +15,7 @@ from gere.base_model import BaseModel
 from gere.cache import Anchor, BuildPlan, build_anchor, open_named, open_or_build
 from gere.cache.files import canonical_json, write_atomic
 from gere.cache.fingerprint import architecture_digest, weights_digest
-from gere.collator import MixedCollator
+from gere.collator import MixedCollator, RowCounts
 from gere.config import GeReConfig, parse_replay_per_batch, parse_weight, require
 from gere.errors import CacheCorruptError, CacheMissingError, ConfigError, ReplaySetError
 from gere.meters import Meters
@@ -96,10 +96,10 @@ class ReplayRun:
             self._replay_set = load_replay_set(self.config, tokenizer, self.folder)
         return self._replay_set
 
-    def collator(self, task_collator: Any, tokenizer: Any) -> MixedCollator:
+    def collator(self, task_collator: Any, tokenizer: Any, spare: Callable[[], Any]) -> MixedCollator:
         """Collator of mixed batches; it knows the anchor as soon as that is open."""
         replay = self.replay_set(tokenizer)
-        self._collator = MixedCollator(task_collator, replay.rows, replay.pad_id)
+        self._collator = MixedCollator(task_collator, replay.rows, replay.pad_id, spare)
         self._collator.anchor = self.anchor
         return self._collator
 
@@ -127,16 +127,18 @@ class ReplayRun:
         if self._collator is not None:
             self._collator.anchor = self.anchor
 
-    def begin_step(self, rows: Sequence[tuple[int, int]], ranks: int, divisor: int | None) -> None:
+    def begin_step(self, rows: Sequence[RowCounts], ranks: int, divisor: int | None, own_mean: bool) -> None:
         """Note the rows of the optimizer step that follows.
 
         Args:
-            rows: Task rows and replay rows of each micro-batch on this rank; every rank has as many of each.
+            rows: Rows of each micro-step.
             ranks: Number of ranks.
             divisor: As in `StepShare`.
+            own_mean: Whether the parent's losses add up to a mean over the rows of this rank alone.
         """
-        task_rows, replay_rows = (ranks * sum(counts) for counts in zip(*rows, strict=True))
-        self.share = StepShare(task_rows, replay_rows, ranks, divisor)
+        own, _, task_rows, replay_rows = (sum(counts) for counts in zip(*rows, strict=True))
+        own_share = own * ranks / task_rows if own_mean and task_rows else 1.0
+        self.share = StepShare(task_rows, replay_rows, ranks, divisor, own_share)
         if task_rows:
             self.meters.step()
 
@@ -145,11 +147,13 @@ class ReplayRun:
         self.meters.add({"task_loss": loss * self.share.logged_factor(rows)})
         return loss * self.share.task_factor(rows)
 
-    def replay_part(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Weighed sum of the replay losses of a micro-batch."""
+    def replay_part(self, model: nn.Module, batch: Mapping[str, Tensor], rows: int) -> Tensor:
+        """Weighed sum of the replay losses of a micro-batch; a spare row (`rows` is 0) counts nothing."""
         if self._objective is None or self._reader is None:
             raise RuntimeError("a replay batch came before on_train_begin")
         loss, sums = self._objective(model, self._reader, batch)
+        if not rows:
+            return loss * 0.0
         self.meters.add(sums)
         return loss * self.share.replay_factor
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,22 @@ from gere.errors import ConfigError
 
 _TASK, _REPLAY, _MIXED = 0, 1, 2  # streams of random numbers that never meet
 _WORD = 2**64 - 1
+
+
+class Slot(NamedTuple):
+    """A flat index, and what the ranks hold together in the micro-step that it belongs to.
+
+    Every rank reads the same plan, so that all of them call the model equally often without asking each other.
+
+    Attributes:
+        place: Flat index of the row.
+        task_rows: Task rows of the micro-step over all ranks.
+        replay_rows: Replay rows, likewise.
+    """
+
+    place: int
+    task_rows: int
+    replay_rows: int
 
 
 def parent_order(sampler: Any, seed: int) -> Callable[[int], list[int]] | None:
@@ -122,6 +138,14 @@ class BatchInsertionSampler(Sampler[int]):
         blocks = self._inserted_blocks() if self.replay_per_batch else self._shuffled_blocks()
         for task_rows, replay_rows in blocks:
             yield from self._place(task_rows, replay_rows)
+
+    def slots(self) -> Iterator[Slot]:
+        """Yield the flat indices of the current epoch, each with the plan of its micro-step."""
+        width = self.micro_batch_size * self.world_size
+        rows = iter(self)
+        while step := list(itertools.islice(rows, width)):
+            replay = sum(index >= self.num_task for index in step)
+            yield from (Slot(index, len(step) - replay, replay) for index in step)
 
     def _inserted_blocks(self) -> Iterator[tuple[list[int], list[int]]]:
         replay_rows = self.replay_per_batch

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from gere import _compat, checks
 from gere.callbacks import AnchorCallback
-from gere.collator import REPLAY, ROWS, TASK, MixedDataset
+from gere.collator import REPLAY, ROWS, TASK, MixedDataset, RowCounts, countable_tasks
 from gere.config import GeReConfig, require
 from gere.run import ReadyModel, ReplayRun
 from gere.sampler import BatchInsertionSampler, parent_order
@@ -46,6 +47,7 @@ class GeReMixin(_Parent):
     if TYPE_CHECKING:
         train_dataset: Any
         data_collator: Any
+        _get_train_sampler: Any
 
     def __init__(
         self,
@@ -62,8 +64,9 @@ class GeReMixin(_Parent):
         )
         super().__init__(*args, **_compat.with_processing_class(super().__init__, kwargs))
         if self._gere.active:
-            checks.refuse_own_loss(type(self), GeReMixin)
             refuse_unanchorable(self.model)
+            if type(self).compute_loss is not GeReMixin.compute_loss:
+                self.compute_loss = self._gere_outer_loss  # type: ignore[method-assign]
             self.add_callback(AnchorCallback(self._gere_prepare))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -83,17 +86,15 @@ class GeReMixin(_Parent):
         with self.accelerator.main_process_first():
             replay = self._gere.replay_set(self.processing_class)
         mixed = MixedDataset(task, len(replay.rows))
-        with self._gere_data(mixed, self._gere.collator(collator, self.processing_class)):
+        mixed_collator = self._gere.collator(collator, self.processing_class, mixed.spare)
+        with self._gere_data(task, self.data_collator):
+            order = checks.require_row_sampler(self._get_train_sampler(task))
+        with self._gere_data(mixed, mixed_collator, sampler=lambda *_: self._gere_sampler(mixed, order)):
             return super().get_train_dataloader()
 
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(dataset, MixedDataset):
-            return super()._get_train_sampler(*(() if train_dataset is None else (train_dataset,)))
-        with self._gere_data(dataset.task, self.data_collator):
-            parent = checks.require_row_sampler(super()._get_train_sampler(dataset.task))
+    def _gere_sampler(self, dataset: MixedDataset, parent: Any) -> Sampler[Any]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        ranks = _compat.data_parallel_size(self)
+        ranks = self.accelerator.num_processes
         sampler = BatchInsertionSampler(
             dataset.num_task,
             dataset.num_replay,
@@ -112,24 +113,38 @@ class GeReMixin(_Parent):
         """Collect the micro-batches of one optimizer step, and let the parent count the tokens of the task rows."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
         if samples and self._gere.active:
-            checks.require_replay(self, [sample.get(ROWS, (0, 0)) for sample in samples])
-            tasks = [sample[TASK] for sample in samples if TASK in sample]
+            rows = [RowCounts(*sample.get(ROWS, (0, 0, 0, 0))) for sample in samples]
+            checks.require_replay(self, rows)
+            tasks = countable_tasks(samples)
             items = _compat.count_items(self, super().get_batch_samples, tasks, *args, **kwargs)
             divisor = len(samples) if _compat.divides_by_accumulation(self, items) else None
-            self._gere.begin_step([sample[ROWS] for sample in samples], _compat.data_parallel_size(self), divisor)
+            own_mean = not _compat.counts_over_ranks(self)
+            self._gere.begin_step(rows, self.accelerator.num_processes, divisor, own_mean)
         return samples, items
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
         """Loss of the parent for a plain batch; for a mixed one, its parts with their shares of the step."""
+        return self._gere_loss(super().compute_loss, model, inputs, return_outputs, *args, **kwargs)
+
+    def _gere_outer_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The same around the loss of a class that stands before this one, which knows task rows alone, too."""
+        return self._gere_loss(partial(type(self).compute_loss, self), model, inputs, return_outputs, *args, **kwargs)
+
+    def _gere_loss(
+        self, parent: Callable[..., Any], model: Any, inputs: Any, return_outputs: bool, *args: Any, **kwargs: Any
+    ) -> Any:
         if ROWS not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+            return parent(model, inputs, return_outputs, *args, **kwargs)
+        rows = RowCounts(*inputs[ROWS])
         parts, outputs = [], None
         if TASK in inputs:
-            task_loss = super().compute_loss(model, dict(inputs[TASK]), return_outputs, *args, **kwargs)
+            task_loss = parent(model, dict(inputs[TASK]), return_outputs, *args, **kwargs)
             task_loss, outputs = task_loss if return_outputs else (task_loss, None)
-            parts.append(self._gere.task_part(task_loss, inputs[ROWS][0]))
+            parts.append(self._gere.task_part(task_loss, rows.task))
         if REPLAY in inputs:
-            parts.append(self._gere.replay_part(model, inputs[REPLAY]))
+            parts.append(self._gere.replay_part(model, inputs[REPLAY], rows.replay))
         loss = sum(parts[1:], parts[0])
         return (loss, outputs) if return_outputs else loss
 
@@ -160,17 +175,24 @@ class GeReMixin(_Parent):
             self._gere.prepare(model, self.processing_class, resumed=resumed, progress=show)
 
     @contextmanager
-    def _gere_data(self, dataset: Any, collator: Any) -> Iterator[None]:
-        """Show the parent another training set and collator for a moment; the user's stay as they are."""
+    def _gere_data(self, dataset: Any, collator: Any, sampler: Callable[..., Any] | None = None) -> Iterator[None]:
+        """Show the parent another training set, collator and sampler for a moment; the user's stay as they are.
+
+        The sampler is set on the instance, so that it is the outermost even if a subclass of this class has its own.
+        """
         kept = self.train_dataset, self.data_collator
         self.train_dataset, self.data_collator = dataset, collator
+        if sampler is not None:
+            self._get_train_sampler = sampler
         try:
             yield
         finally:
             self.train_dataset, self.data_collator = kept
+            if sampler is not None:
+                del self._get_train_sampler
 
 
-class _EpochOfTrainer(Sampler[int]):
+class _EpochOfTrainer(Sampler[Any]):
     """Reads the epoch from the trainer's state, since `set_epoch` does not arrive in several version pairs."""
 
     def __init__(self, sampler: BatchInsertionSampler, trainer: Trainer) -> None:
@@ -180,9 +202,9 @@ class _EpochOfTrainer(Sampler[int]):
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         self.sampler.set_epoch(int(self._trainer.state.epoch or 0))
-        return iter(self.sampler)
+        return self.sampler.slots()
 
 
 class GeReTrainer(GeReMixin, Trainer):

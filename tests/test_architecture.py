@@ -15,9 +15,9 @@ PACKAGE = Path(gere.__file__).parent
 RANKS = {
     **dict.fromkeys(["errors"], 0),
     **dict.fromkeys(["config", "losses", "sampler", "meters", "states", "_compat"], 1),
-    **dict.fromkeys(["arguments", "cache", "checks"], 2),
+    **dict.fromkeys(["arguments", "cache"], 2),
     **dict.fromkeys(["replay", "collator"], 3),
-    **dict.fromkeys(["base_model", "evaluation", "objective"], 4),
+    **dict.fromkeys(["base_model", "checks", "evaluation", "objective"], 4),
     **dict.fromkeys(["run"], 5),
     **dict.fromkeys(["callbacks"], 5),
     **dict.fromkeys(["trainer"], 6),

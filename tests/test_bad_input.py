@@ -136,21 +136,6 @@ def test_gere_trainer_of_something_else(base):
     assert gere_trainer(GeReTrainer) is GeReTrainer
 
 
-def test_own_loss_before_the_replay_is_refused(make_trainer):
-    class Own(GeReTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, **keywords):
-            outputs = model(**inputs)
-            return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    class Asking(GeReTrainer):
-        def compute_loss(self, model, inputs, *arguments, **keywords):
-            return 2.0 * super().compute_loss(model, inputs, *arguments, **keywords)
-
-    with pytest.raises(UnsupportedSettingError, match=r"Own.compute_loss[\s\S]*gere_trainer\(MyTrainer\)"):
-        make_trainer(Own)
-    make_trainer(Asking).train()
-
-
 def test_own_data_loader_without_replay_is_refused(make_trainer):
     class Own(Trainer):
         def get_train_dataloader(self):

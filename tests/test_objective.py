@@ -248,6 +248,9 @@ def test_share_of_a_step():
     assert mean.task_factor(4) == 4 * 2 * 2 / 16 and mean.replay_factor == 2 * 2 / 16
     assert StepShare(16, 0, 2, 2).task_factor(4) == 1.0
     assert math.isclose(mean.logged_factor(3), 0.5)
+    assert counted.task_factor(0) == counted.logged_factor(0) == mean.task_factor(0) == 0.0
+    own = StepShare(12, 4, 2, None, 8 / 6)  # the mean of this rank alone, which holds 8 of the 12 rows
+    assert math.isclose(own.task_factor(3), 8 * 2 / 16) and math.isclose(own.logged_factor(3), 8 / 6)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -283,7 +286,7 @@ def test_no_value_is_read_back_between_logs(make_trainer, arguments, monkeypatch
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy", "nonzero"):
             patch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
         trainer.get_batch_samples(iter(batches), 2, torch.device("cpu"))
-        trainer._gere.replay_part(model, replay)
+        trainer._gere.replay_part(model, replay, 2)
         trainer._gere.task_part(torch.tensor(1.0), 1)
 
 
@@ -296,10 +299,10 @@ def test_collator_keeps_parts_apart(tokenizer, task):
 
     collator = MixedCollator(collate, [[1, 2, 3], [4, 5]], tokenizer.pad_token_id)
     batch = collator([ReplayRow(1), TaskRow(task[0]), ReplayRow(0)])
-    assert "labels" not in batch and batch[ROWS] == (1, 2) and seen == [[task[0]]]
+    assert "labels" not in batch and batch[ROWS] == (1, 2, 1, 2) and seen == [[task[0]]]
     assert batch[REPLAY]["input_ids"].tolist() == [[4, 5, tokenizer.pad_token_id], [1, 2, 3]]
     assert batch[REPLAY]["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert batch["input_ids"].numel() == batch[TASK]["input_ids"].numel() + 6
+    assert batch["input_ids"].numel() == batch[TASK]["input_ids"].numel()
     assert TASK not in collator([ReplayRow(0)]) and REPLAY not in collator([TaskRow(task[0])])
 
 

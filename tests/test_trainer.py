@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import TINY, load_tiny
 from datasets import Dataset
+from torch.utils.data import SequentialSampler
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 from gere import GeReConfig, GeReSeq2SeqTrainer, GeReTrainer, gere_trainer
 from gere.base_model import BaseModel
-from gere.collator import MixedDataset
+from gere.collator import TASK, MixedDataset
 from gere.errors import CacheMismatchError, ConfigError
 
 KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
@@ -142,7 +143,7 @@ def test_group_by_length(make_trainer, arguments, task):
     trainer.train()
     assert trainer.state.global_step == 3 and sampler is not None
     with trainer._gere_data(MixedDataset(task, 24), trainer.data_collator):
-        order = list(trainer._get_train_sampler())
+        order = list(trainer._gere_sampler(trainer.train_dataset, trainer._get_train_sampler(task)).sampler)
     tasks = [index for index in order if index < len(task)]
     assert set(tasks) == set(range(len(task)))
     lengths = [len(task[index]["input_ids"]) for index in tasks[: len(task)]]
@@ -230,12 +231,37 @@ def test_seq2seq_trainer_and_any_other(make_trainer, tokenizer, task, general, t
     assert cls.__name__ == "GeReOwn" and trainer.calls == 2
 
 
-def test_tokens_and_flops_count_both_parts(make_trainer, arguments):
-    trainer = make_trainer(args=arguments(include_num_input_tokens_seen="all", max_steps=1))
+def test_tokens_seen_count_task_rows_alone(make_trainer, arguments):
+    trainer = make_trainer(args=arguments(include_num_input_tokens_seen="all", max_steps=1), replay=3)
     batches = list(trainer.get_train_dataloader())[:2]
     trainer.train()
-    assert trainer.state.num_input_tokens_seen == sum(batch["input_ids"].numel() for batch in batches)
+    seen = sum(batch[TASK]["input_ids"].numel() for batch in batches if TASK in batch)
+    assert trainer.state.num_input_tokens_seen == seen > 0
     assert trainer.state.total_flos > 0
+
+
+class OwnLossAndOrder(GeReTrainer):
+    """A class derived from ours, whose loss and sampler know task rows alone and never ask the class below."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **keywords):
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        losses = torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), ignore_index=-100
+        )
+        return (losses, outputs) if return_outputs else losses
+
+    def _get_train_sampler(self, *arguments):
+        return SequentialSampler(self.train_dataset)
+
+
+def test_a_loss_and_a_sampler_before_the_replay_see_task_rows_alone(make_trainer, task, monkeypatch):
+    trainer = make_trainer(OwnLossAndOrder, replay=3, eval_dataset=task[:4])
+    trainer.model_accepts_loss_kwargs = False
+    rows, collate = [], trainer.data_collator
+    trainer.data_collator = lambda batch: rows.extend(batch) or collate(batch)
+    trainer.train()
+    assert rows[:15] == task[:15] and trainer.evaluate()["eval_loss"] > 0
+    assert set(train_logs(trainer)[-1]) >= KEYS
 
 
 def test_model_init_that_gives_another_base_is_refused(make_trainer, tokenizer, task, general, tmp_path, arguments):

@@ -1,0 +1,179 @@
+"""A training that a test starts as one or several real processes; run as a script with settings as JSON."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+from pathlib import Path
+
+import conftest
+import torch
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
+
+from gere import GeReConfig, GeReTrainer
+from gere.collator import REPLAY, ROWS, TASK
+
+DEFAULTS = {
+    "strategy": "ddp",
+    "global_micro": 4,  # rows of a micro-step over all ranks
+    "accumulation": 4,
+    "steps": 20,
+    "replay": 3,
+    "texts": 11,
+    "w": "dy",
+    "save_steps": 0,
+    "resume": None,
+    "folders": "shared",  # or "own": each rank has a disk of its own
+    "fail_rank": None,
+    "args": {},
+    "config": {},
+}
+ZERO = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_batch_size": "auto",
+    "gradient_clipping": "auto",
+}
+
+
+class Rows(TrainerCallback):
+    """Notes which rows each optimizer step of this rank holds."""
+
+    def __init__(self) -> None:
+        self.steps: list[list] = []
+        self.now: list = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(self.now)
+        self.now = []
+
+
+class ShardedTrainer(GeReTrainer):
+    """FSDP2 by `fully_shard`, since accelerate takes FSDP for DDP on a CPU."""
+
+    def __init__(self, model, *args, **kwargs):
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        super().__init__(model, *args, **kwargs)
+        self.accelerator.prepare_model = lambda model, *arguments, **keywords: model
+
+
+def watch_rows(trainer: GeReTrainer, rows: Rows) -> None:
+    original = trainer.get_batch_samples
+
+    def get_batch_samples(*args, **kwargs):
+        samples, items = original(*args, **kwargs)
+        for sample in samples:
+            counts = sample[ROWS]
+            own_tasks = sample[TASK]["input_ids"][: counts[0]].tolist() if counts[0] else []
+            own_replay = sample[REPLAY]["input_ids"][: counts[1]].tolist() if counts[1] else []
+            rows.now.append([own_tasks, own_replay])
+        return samples, items
+
+    trainer.get_batch_samples = get_batch_samples
+
+
+def make(root: Path, job: dict, rank: int, ranks: int) -> GeReTrainer:
+    extra = {}
+    if job["strategy"].startswith("zero"):
+        import deepspeed
+
+        if ranks > 1:
+            deepspeed.init_distributed("gloo")
+        extra["deepspeed"] = {**ZERO, "zero_optimization": {"stage": int(job["strategy"][4:])}}
+    tokenizer = AutoTokenizer.from_pretrained(conftest.TINY)
+    args = TrainingArguments(
+        **{
+            "output_dir": str(root / "out"),
+            "max_steps": job["steps"],
+            "per_device_train_batch_size": job["global_micro"] // ranks,
+            "gradient_accumulation_steps": job["accumulation"],
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "steps" if job["save_steps"] else "no",
+            "save_steps": job["save_steps"] or 500,
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **extra,
+            **job["args"],
+        }
+    )
+    encoded = [conftest.encode(tokenizer, row) for row in conftest.read_jsonl(conftest.DATA / "task.jsonl", 40)]
+    texts = [row["text"] for row in conftest.read_jsonl(conftest.DATA / "general.jsonl", job["texts"])]
+    saving = root / ("saving" if job["folders"] == "shared" else f"saving-{rank}")
+    return (ShardedTrainer if job["strategy"] == "fsdp2" and ranks > 1 else GeReTrainer)(
+        conftest.load_tiny(),
+        args,
+        DataCollatorForSeq2Seq(tokenizer),
+        encoded,
+        processing_class=tokenizer,
+        num_interpolate_per_batch=job["replay"],
+        w_strategy=job["w"],
+        gere_hidden_state_saving_dir=saving,
+        gere_config=GeReConfig(
+            **{"replay_dataset": texts, "max_length": 40, "normalization": "elements", **job["config"]}
+        ),
+    )
+
+
+def break_the_build() -> None:
+    from gere.base_model import BaseModel
+
+    original, calls = BaseModel.__call__, []
+
+    def failing(self, rows):
+        calls.append(rows)
+        if len(calls) > 3:
+            raise OSError("the disk of this rank is gone")
+        return original(self, rows)
+
+    BaseModel.__call__ = failing
+
+
+def end() -> None:
+    """Leave without the interpreter's own shutdown, in which torch's threads abort one process in forty."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def main() -> None:
+    root, job = Path(sys.argv[1]), {**DEFAULTS, **json.loads(sys.argv[2])}
+    faulthandler.dump_traceback_later(job.get("limit", 120), exit=True)
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = make(root, job, rank, ranks)
+    rows = Rows()
+    trainer.add_callback(rows)
+    watch_rows(trainer, rows)
+    if job["fail_rank"] == rank:
+        break_the_build()
+    forwards = [0]
+    trainer.model.register_forward_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+    trainer.train(resume_from_checkpoint=job["resume"])
+    anchor = trainer._gere.anchor
+    result = {
+        "logs": [log for log in trainer.state.log_history if "loss" in log],
+        "rows": rows.steps,
+        "anchor": anchor and anchor.key,
+        "files": anchor and {path.name: path.stat().st_mtime_ns for path in sorted(anchor.folder.iterdir())},
+        "hashes": anchor and json.loads((anchor.folder / "manifest.json").read_text())["files"],
+        "forwards": forwards[0],
+    }
+    (root / f"result-{rank}.json").write_text(json.dumps(result))
+    torch.manual_seed(0)
+    end()
+
+
+if __name__ == "__main__":
+    main()

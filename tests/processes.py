@@ -1,0 +1,64 @@
+"""Start real processes, wait for them, and show the stack of one that hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+JOB = Path(__file__).with_name("job.py")
+
+
+class Done(NamedTuple):
+    codes: list[int]
+    output: str
+    seconds: float
+    results: list[dict]
+
+    @property
+    def logs(self) -> list[dict]:
+        return self.results[0]["logs"]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(root: Path, ranks: int, job: dict, limit: int) -> list[subprocess.Popen]:
+    command = [sys.executable, str(JOB), str(root), json.dumps({"limit": limit, **job})]
+    distributed = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    processes = []
+    for rank in range(ranks):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        if ranks > 1 or job.get("strategy", "").startswith("zero"):
+            env |= {**distributed, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+            env |= {"LOCAL_WORLD_SIZE": str(ranks)}
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(command, env=env, **pipe))
+    return processes
+
+
+def run(root: Path, ranks: int, *, limit: int = 120, succeed: bool = True, **job) -> Done:
+    """Run a job on so many ranks; a rank that is still there after `limit` seconds prints its stack and ends."""
+    root.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    processes = start(root, ranks, job, limit)
+    try:
+        outputs = [process.communicate(timeout=limit + 30)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.returncode for process in processes]
+    output = "\n".join(outputs)
+    if succeed:
+        assert not any(codes), f"{codes}\n{output}"
+    paths = [root / f"result-{rank}.json" for rank in range(ranks)]
+    results = [json.loads(path.read_text()) for path in paths] if succeed else []
+    return Done(codes, output, time.monotonic() - begin, results)

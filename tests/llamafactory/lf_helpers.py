@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "base_llms" / "llama-tiny-random"
 GENERAL = ROOT / "examples" / "data" / "general.jsonl"
 KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
+PARTS = ("gere_task", "gere_replay")
+LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all", "learning_rate": 1e-2}
 STEPS, REPLAY = 20, 3
 
 if importlib.util.find_spec("torchaudio") is None:
@@ -62,15 +64,19 @@ def record() -> list[dict]:
     return steps
 
 
-PARTS = ("gere_task", "gere_replay")
-
-
 def require_rows(steps: list[dict], task: int, replay: int) -> None:
     """Every optimizer step had so many rows of each kind, by name and in truth."""
     assert len(steps) == STEPS
     for step in steps:
         assert [list(rows) for rows in step["named"]] == step["parts"]
         assert [sum(kind) for kind in zip(*step["parts"], strict=True)] == [task, replay], step["parts"]
+
+
+def require_order(steps: list[dict]) -> None:
+    """The task rows came in the order of the file."""
+    found = [row for step in steps for batch in step["tokens"] for row in batch]
+    expected = [row["input_ids"] for row in steps[0]["trainer"].train_dataset][: len(found)]
+    assert [row[: len(text)] for row, text in zip(found, expected, strict=True)] == expected
 
 
 def train_logs(folder: Path) -> list[dict]:

@@ -9,13 +9,13 @@ import pytest
 
 pytest.importorskip("llamafactory.cli")
 
-from lf_helpers import KEYS, REPLAY, STEPS, record, require_rows, settings, train_logs
+from lf_helpers import KEYS, LORA, REPLAY, STEPS, record, require_order, require_rows, settings, train_logs
 
 from gere import GeReMixin
 from gere.errors import ConfigError
-from gere.integrations.llamafactory import STAGES, run
+from gere.integrations.llamafactory import run
+from gere.integrations.llamafactory_config import STAGES
 
-LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all", "learning_rate": 1e-2}
 EVALUATED = {"val_size": 16, "do_eval": True, "eval_strategy": "steps", "eval_steps": 10}
 GENERATED = {"predict_with_generate": True, "max_new_tokens": 3, "per_device_eval_batch_size": 4}
 
@@ -60,9 +60,7 @@ def test_replay_in_every_step(tmp_path, steps, changes):
 def test_rows_come_in_the_order_of_the_file(tmp_path, steps):
     run(settings(tmp_path, disable_shuffling=True))
     require_rows(steps, 8 - REPLAY, REPLAY)
-    expected = [row["input_ids"] for row in steps[0]["trainer"].train_dataset][: STEPS * (8 - REPLAY)]
-    found = [row for step in steps for batch in step["tokens"] for row in batch]
-    assert [row[: len(text)] for row, text in zip(found, expected, strict=True)] == expected
+    require_order(steps)
 
 
 def test_without_replay_it_is_llamafactory_bit_for_bit(tmp_path):

@@ -1,8 +1,8 @@
 """A stand-in for the parts of Axolotl that replay uses, for where Axolotl is not installed.
 
-It follows the published plugin interface in our own words: a plugin is named by a dotted path, is told of the config,
-extends its schema, names a trainer class (the first answer counts) and callbacks. The trainer has three arguments
-of its own, fixes `max_steps` beforehand, asks any training set for its `column_names`, and may draw batches instead of rows.
+It follows the published plugin interface in our own words. A plugin is named by a dotted path, is told of the config,
+extends its schema, names a trainer class (the first answer counts) and callbacks. The trainer has three arguments more
+than its parent, fixes `max_steps` beforehand, asks any training set for its `column_names`, and may draw batches.
 """
 
 from __future__ import annotations

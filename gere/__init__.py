@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BatchInsertionSampler": "gere.sampler",
+    "GeReArguments": "gere.arguments",
     "GeReConfig": "gere.config",
     "GeReError": "gere.errors",
     "GeReMixin": "gere.trainer",
@@ -22,6 +23,7 @@ _MODULES = ("cache", "errors", "losses", "sampler")
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
+    from gere.arguments import GeReArguments as GeReArguments
     from gere.config import GeReConfig as GeReConfig
     from gere.errors import GeReError as GeReError
     from gere.evaluation import general_loss as general_loss

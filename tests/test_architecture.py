@@ -16,14 +16,16 @@ RANKS = {
     **dict.fromkeys(["errors"], 0),
     **dict.fromkeys(["config", "losses", "sampler", "meters", "states", "ranks", "sharded"], 1),
     **dict.fromkeys(["_compat"], 2),
-    **dict.fromkeys(["cache"], 2),
+    **dict.fromkeys(["arguments", "cache"], 2),
     **dict.fromkeys(["replay", "collator"], 3),
     **dict.fromkeys(["base_model", "checks", "evaluation", "objective"], 4),
     **dict.fromkeys(["run"], 5),
     **dict.fromkeys(["callbacks"], 5),
     **dict.fromkeys(["trainer"], 6),
+    **dict.fromkeys(["integrations"], 8),
 }
 FORBIDDEN = {
+    "arguments": {"torch", "transformers", "pathlib"},
     "config": {"torch", "transformers", "pathlib"},
     "losses": {"transformers", "pathlib"},
     "sampler": {"datasets", "transformers"},

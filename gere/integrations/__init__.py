@@ -1,0 +1,1 @@
+"""Other training frameworks with replay. Each is imported only when it is used."""

@@ -1,0 +1,102 @@
+"""A task in LLaMA-Factory's own format, its settings, and what its trainer saw."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+STUBS = Path(__file__).parent / "stubs"
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "base_llms" / "llama-tiny-random"
+GENERAL = ROOT / "examples" / "data" / "general.jsonl"
+KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
+PARTS = ("gere_task", "gere_replay")
+LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all", "learning_rate": 1e-2}
+STEPS, REPLAY = 20, 3
+
+if importlib.util.find_spec("torchaudio") is None:
+    sys.path.append(str(STUBS))
+
+
+def settings(folder: Path, gere: dict | None = None, **changes) -> dict:
+    """20 steps of 2 x 4 rows, 3 of them replayed, in a folder of its own."""
+    data = folder / "data"
+    data.mkdir(exist_ok=True, parents=True)
+    lines = (ROOT / "examples" / "data" / "task.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[:160]]
+    (data / "reviews.json").write_text(json.dumps(rows), encoding="utf-8")
+    (data / "dataset_info.json").write_text(json.dumps({"reviews": {"file_name": "reviews.json"}}))
+    replay = {
+        "replay_dataset": str(GENERAL), "replay_size": 24, "max_length": 48, "w_strategy": "dy",
+        "num_interpolate_per_batch": REPLAY, "gere_hidden_state_saving_dir": str(folder / "gere_saving"),
+    }  # fmt: skip
+    config = {
+        "model_name_or_path": str(TINY), "template": "empty", "stage": "sft", "do_train": True,
+        "finetuning_type": "full", "dataset": "reviews", "dataset_dir": str(data), "cutoff_len": 64,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": STEPS,
+        "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True,
+        "output_dir": str(folder / "out"), "cache_dir": str(folder / "cache"), "disable_tqdm": True,
+    }  # fmt: skip
+    return {**config, **changes, "gere": {**replay, **(gere or {})}}
+
+
+def record() -> list[dict]:
+    """Note the rows of every optimizer step from here on, as the model gets them."""
+    from gere import GeReMixin
+
+    collect, steps = GeReMixin.get_batch_samples, []
+
+    @functools.wraps(collect)
+    def watch(trainer, *args, **kwargs):
+        samples, items = collect(trainer, *args, **kwargs)
+        named = [sample["gere_rows"][:2] for sample in samples]
+        parts = [[len(sample[part]["input_ids"]) if part in sample else 0 for part in PARTS] for sample in samples]
+        tokens = [sample["gere_task"]["input_ids"].tolist() for sample in samples if "gere_task" in sample]
+        steps.append({"named": named, "parts": parts, "tokens": tokens, "trainer": trainer})
+        return samples, items
+
+    GeReMixin.get_batch_samples = watch
+    return steps
+
+
+def require_rows(steps: list[dict], task: int, replay: int) -> None:
+    """Every optimizer step had so many rows of each kind, by name and in truth."""
+    assert len(steps) == STEPS
+    for step in steps:
+        assert [list(rows) for rows in step["named"]] == step["parts"]
+        assert [sum(kind) for kind in zip(*step["parts"], strict=True)] == [task, replay], step["parts"]
+
+
+def require_order(steps: list[dict]) -> None:
+    """The task rows came in the order of the file."""
+    found = [row for step in steps for batch in step["tokens"] for row in batch]
+    expected = [row["input_ids"] for row in steps[0]["trainer"].train_dataset][: len(found)]
+    assert [row[: len(text)] for row, text in zip(found, expected, strict=True)] == expected
+
+
+def train_logs(folder: Path) -> list[dict]:
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return [log for log in history if "loss" in log]
+
+
+def start(command: list[str], folder: Path, *first_on_path: Path, timeout: float = 200, **environ: str) -> str:
+    """Run a program in a folder and give its output; the output is in the message if it fails."""
+    paths = [*map(str, first_on_path), *filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
+    paths += [str(STUBS)] if str(STUBS) in sys.path else []
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environ}
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output = process.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)  # its workers too
+        raise AssertionError(f"no end after {timeout} s:\n{process.communicate()[0]}") from None
+    assert process.returncode == 0, output
+    return output

@@ -6,13 +6,15 @@ import faulthandler
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import conftest
-import torch
+from datasets import Dataset
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 
 from gere import GeReConfig, GeReTrainer
+from gere.base_model import BaseModel
 from gere.collator import REPLAY, ROWS, TASK
 
 DEFAULTS = {
@@ -27,6 +29,9 @@ DEFAULTS = {
     "resume": None,
     "folders": "shared",  # or "own": each rank has a disk of its own
     "fail_rank": None,
+    "stream": False,  # the task rows as an IterableDataset
+    "slow": 0.0,  # seconds that each forward pass of the anchor takes more
+    "stop_at": 0,
     "args": {},
     "config": {},
 }
@@ -39,7 +44,9 @@ ZERO = {
 
 
 class Rows(TrainerCallback):
-    """Notes which rows each optimizer step of this rank holds."""
+    """Notes which rows each optimizer step of this rank holds, and ends the training early if asked to."""
+
+    stop_at = 0
 
     def __init__(self) -> None:
         self.steps: list[list] = []
@@ -48,6 +55,8 @@ class Rows(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.steps.append(self.now)
         self.now = []
+        if state.global_step == self.stop_at:
+            control.should_training_stop = True
 
 
 class ShardedTrainer(GeReTrainer):
@@ -63,6 +72,14 @@ class ShardedTrainer(GeReTrainer):
         self.accelerator.prepare_model = lambda model, *arguments, **keywords: model
 
 
+def real_rows(part: dict | None, count: int) -> list[list[int]]:
+    """Rows without padding; a spare row does not count."""
+    if not count:
+        return []
+    pairs = zip(part["input_ids"], part["attention_mask"], strict=True)
+    return [ids[mask.bool()].tolist() for ids, mask in pairs]
+
+
 def watch_rows(trainer: GeReTrainer, rows: Rows) -> None:
     original = trainer.get_batch_samples
 
@@ -70,9 +87,7 @@ def watch_rows(trainer: GeReTrainer, rows: Rows) -> None:
         samples, items = original(*args, **kwargs)
         for sample in samples:
             counts = sample[ROWS]
-            own_tasks = sample[TASK]["input_ids"][: counts[0]].tolist() if counts[0] else []
-            own_replay = sample[REPLAY]["input_ids"][: counts[1]].tolist() if counts[1] else []
-            rows.now.append([own_tasks, own_replay])
+            rows.now.append([real_rows(sample.get(TASK), counts[0]), real_rows(sample.get(REPLAY), counts[1])])
         return samples, items
 
     trainer.get_batch_samples = get_batch_samples
@@ -105,6 +120,11 @@ def make(root: Path, job: dict, rank: int, ranks: int) -> GeReTrainer:
         }
     )
     encoded = [conftest.encode(tokenizer, row) for row in conftest.read_jsonl(conftest.DATA / "task.jsonl", 40)]
+    if job["stream"]:
+        longest = max(len(row["input_ids"]) for row in encoded)  # batches that one process deals out fit together
+        pads = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+        encoded = [{k: v + [pads[k]] * (longest - len(v)) for k, v in row.items()} for row in encoded]
+        encoded = Dataset.from_list(encoded * 20).to_iterable_dataset()
     texts = [row["text"] for row in conftest.read_jsonl(conftest.DATA / "general.jsonl", job["texts"])]
     saving = root / ("saving" if job["folders"] == "shared" else f"saving-{rank}")
     return (ShardedTrainer if job["strategy"] == "fsdp2" and ranks > 1 else GeReTrainer)(
@@ -122,18 +142,21 @@ def make(root: Path, job: dict, rank: int, ranks: int) -> GeReTrainer:
     )
 
 
-def break_the_build() -> None:
-    from gere.base_model import BaseModel
+def watch_the_build(job: dict, rank: int) -> list[int]:
+    """Count the replay rows that this rank distils, slow it down, or let it fail."""
+    original, rows_done, calls = BaseModel.__call__, [0], []
 
-    original, calls = BaseModel.__call__, []
-
-    def failing(self, rows):
+    def watched(self, rows):
         calls.append(rows)
-        if len(calls) > 3:
+        if job["fail_rank"] == rank and len(calls) > 4:
             raise OSError("the disk of this rank is gone")
-        return original(self, rows)
+        time.sleep(job["slow"])
+        result = original(self, rows)
+        rows_done[0] += len(rows)
+        return result
 
-    BaseModel.__call__ = failing
+    BaseModel.__call__ = watched
+    return rows_done
 
 
 def end() -> None:
@@ -156,10 +179,8 @@ def main() -> None:
     rows = Rows()
     trainer.add_callback(rows)
     watch_rows(trainer, rows)
-    if job["fail_rank"] == rank:
-        break_the_build()
-    forwards = [0]
-    trainer.model.register_forward_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+    rows.stop_at = job["stop_at"]
+    distilled = watch_the_build(job, rank)
     trainer.train(resume_from_checkpoint=job["resume"])
     anchor = trainer._gere.anchor
     result = {
@@ -168,11 +189,11 @@ def main() -> None:
         "anchor": anchor and anchor.key,
         "files": anchor and {path.name: path.stat().st_mtime_ns for path in sorted(anchor.folder.iterdir())},
         "hashes": anchor and json.loads((anchor.folder / "manifest.json").read_text())["files"],
-        "forwards": forwards[0],
+        "folder": anchor and str(anchor.folder),
+        "distilled": distilled[0],
         "kind": trainer.accelerator.distributed_type.value,
     }
     (root / f"result-{rank}.json").write_text(json.dumps(result))
-    torch.manual_seed(0)
     end()
 
 

@@ -36,7 +36,9 @@ def start(root: Path, ranks: int, job: dict, limit: int) -> list[subprocess.Pope
     distributed = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     processes = []
     for rank in range(ranks):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        scripts = Path(sys.executable).parent  # DeepSpeed asks for ninja by name
+        path = f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path}
         if ranks > 1 or job.get("strategy", "").startswith("zero"):
             env |= {**distributed, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             env |= {"LOCAL_WORLD_SIZE": str(ranks)}
@@ -45,18 +47,21 @@ def start(root: Path, ranks: int, job: dict, limit: int) -> list[subprocess.Pope
     return processes
 
 
+def finish(processes: list[subprocess.Popen], limit: float) -> tuple[list[int], str]:
+    """Wait for processes; give their exit codes and all that they wrote."""
+    try:
+        outputs = [process.communicate(timeout=limit)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], "\n".join(outputs)
+
+
 def run(root: Path, ranks: int, *, limit: int = 120, succeed: bool = True, **job) -> Done:
     """Run a job on so many ranks; a rank that is still there after `limit` seconds prints its stack and ends."""
     root.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    processes = start(root, ranks, job, limit)
-    try:
-        outputs = [process.communicate(timeout=limit + 30)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.returncode for process in processes]
-    output = "\n".join(outputs)
+    codes, output = finish(start(root, ranks, job, limit), limit + 30)
     if succeed:
         assert not any(codes), f"{codes}\n{output}"
     paths = [root / f"result-{rank}.json" for rank in range(ranks)]

@@ -35,7 +35,8 @@ def manager(monkeypatch):
     if not REAL:
         for name, module in stand_in.modules().items():
             monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.setitem(sys.modules, "pydantic", SimpleNamespace(BaseModel=object))
+        if importlib.util.find_spec("pydantic") is None:
+            monkeypatch.setitem(sys.modules, "pydantic", SimpleNamespace(BaseModel=object))
     monkeypatch.delitem(sys.modules, "gere.integrations.axolotl", raising=False)
     manager = importlib.import_module("axolotl.integrations.base").PluginManager.get_instance()
     monkeypatch.setattr(manager, "plugins", {})

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import signal
+import time
+
 import pytest
-from processes import run
+from processes import finish, run, start
+
+ANCHOR = {"config": {"anchor_batch_tokens": 80}, "steps": 2}
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Curves of one process by number of replay rows, each trained once."""
+    """Curves of one process by settings, each trained once."""
     known = {}
 
     def curve(**job):
-        name = repr(sorted(job.items()))
+        name = json.dumps(job, sort_keys=True)
         if name not in known:
             known[name] = run(tmp_path_factory.mktemp("alone"), 1, **job)
         return known[name]
@@ -20,23 +27,143 @@ def alone(tmp_path_factory):
     return curve
 
 
-def assert_same_curve(ours, theirs):
-    assert len(ours.logs) == len(theirs.logs) == 20
+def assert_same_curve(ours, theirs, steps=20):
+    assert len(ours.logs) == len(theirs.logs) == steps
     for a, b in zip(ours.logs, theirs.logs, strict=True):
         assert {key for key in a if key.startswith("gere/")} == {key for key in b if key.startswith("gere/")}
         for key in ("loss", "grad_norm", *(key for key in b if key.startswith("gere/"))):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), (key, a, b)
 
 
+def rows_by_step(done, kind):
+    """The task rows (kind 0) or replay rows (kind 1) of each optimizer step over all ranks, in any order."""
+    steps = zip(*(result["rows"] for result in done.results), strict=True)
+    return [sorted(tuple(row) for rank in step for micro in rank for row in micro[kind]) for step in steps]
+
+
 # 16 rows in a step and 4 in a micro-step, 2 of them on each of the two ranks: whole micro-steps of replay rows, one
-# row, fewer than ranks, a rest that leaves a rank without task rows, and the replay set shuffled into the epoch.
-@pytest.mark.parametrize("replay", [4, 1, 3, 7, None])
+# row, a rest that leaves a rank without task rows, and the replay set shuffled into the epoch.
+@pytest.mark.parametrize("replay", [4, 1, 7, None])
 def test_two_processes_follow_the_curve_of_one(tmp_path, alone, replay):
-    assert_same_curve(run(tmp_path, 2, replay=replay), alone(replay=replay))
+    ours, theirs = run(tmp_path, 2, replay=replay), alone(replay=replay)
+    assert_same_curve(ours, theirs)
+    assert [rows_by_step(ours, kind) for kind in (0, 1)] == [rows_by_step(theirs, kind) for kind in (0, 1)]
+    if replay:
+        assert all(len(step) == replay for step in rows_by_step(ours, 1))
+        assert all(len(step) == 16 - replay for step in rows_by_step(ours, 0))
 
 
-@pytest.mark.parametrize("replay", [1, 3])
-def test_ranks_of_one_row_each(tmp_path, alone, replay):
+def test_ranks_of_one_row_each(tmp_path, alone):
     """In the mixed micro-step each rank has either a task row or a replay row."""
-    job = {"replay": replay, "global_micro": 2, "accumulation": 8}
+    job = {"replay": 1, "global_micro": 2, "accumulation": 8}
     assert_same_curve(run(tmp_path, 2, **job), alone(**job))
+
+
+def test_tokens_counted_by_each_rank_alone(tmp_path):
+    """Each rank's mean counts by its rows, as the parent's gradients do: no rank weighs more for having fewer."""
+    done = run(tmp_path, 2, replay=7, steps=3, args={"average_tokens_across_devices": False})
+    for log in done.logs:
+        replay = log["gere/ce"] + log["gere/weight"] * log["gere/tm"]
+        if not log["gere/tm"]:
+            assert log["loss"] == pytest.approx((9 * log["gere/task_loss"] + 7 * replay) / 16, rel=1e-3)
+
+
+def test_added_rows_on_two_processes(tmp_path, alone):
+    job = {"replay": 3, "stream": True}
+    ours, theirs = run(tmp_path, 2, **job), alone(**job)
+    assert_same_curve(ours, theirs)
+    assert all(len(step) == 3 for step in rows_by_step(ours, 1))
+    assert all(len(step) == 16 for step in rows_by_step(ours, 0))
+
+
+def test_fsdp2_follows_the_curve_of_one(tmp_path, alone):
+    assert_same_curve(run(tmp_path, 2, strategy="fsdp2", replay=3), alone(replay=3))
+
+
+@pytest.fixture(scope="module")
+def deepspeed_extensions(tmp_path_factory):
+    """A folder of its own for the operation that DeepSpeed compiles: the lock of a killed build would block others."""
+    pytest.importorskip("deepspeed")
+    if not all(map(shutil.which, ("g++", "ninja"))):
+        pytest.skip("DeepSpeed compiles an operation, which needs g++ and ninja")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        yield
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_follows_the_curve_of_one(tmp_path, alone, deepspeed_extensions, stage):
+    done = run(tmp_path, 2, limit=280, strategy=f"zero{stage}", replay=3)
+    assert done.results[0]["kind"] == "DEEPSPEED"
+    assert_same_curve(done, alone(replay=3))
+
+
+def test_each_rank_distils_its_share_of_the_anchor_once(tmp_path, alone):
+    """The same bytes for any number of processes; a second start and another world size build nothing."""
+    one, two = alone(**ANCHOR), run(tmp_path, 2, **ANCHOR)
+    assert (
+        one.results[0]["hashes"] == two.results[0]["hashes"] and one.results[0]["anchor"] == two.results[0]["anchor"]
+    )
+    shares = [result["distilled"] for result in two.results]
+    assert max(shares) <= 0.6 * sum(shares)
+    for ranks in (2, 1):
+        again = run(tmp_path, ranks, **ANCHOR)
+        assert [result["distilled"] for result in again.results] == [0] * ranks
+        assert again.results[0]["files"] == two.results[0]["files"]
+
+
+def test_machines_without_a_shared_disk(tmp_path, alone):
+    done = run(tmp_path, 2, folders="own", **ANCHOR)
+    assert done.results[0]["hashes"] == done.results[1]["hashes"] == alone(**ANCHOR).results[0]["hashes"]
+    folders = {result["folder"] for result in done.results}
+    assert len(folders) == 2
+    for path in (tmp_path / "saving-1").glob("anchor-*/*"):
+        path.unlink()
+    next((tmp_path / "saving-1").glob("anchor-*")).rmdir()
+    again = run(tmp_path, 2, folders="own", **ANCHOR)
+    assert [result["distilled"] for result in again.results] == [0, 0]
+    assert again.results[0]["hashes"] == again.results[1]["hashes"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_one_rank_fails_and_all_end(tmp_path, strategy):
+    done = run(tmp_path, 2, succeed=False, strategy=strategy, fail_rank=1, **ANCHOR)
+    assert all(done.codes) and done.seconds < 60
+    assert "RankFailedError" in done.output and "the disk of this rank is gone" in done.output
+    assert "rank 1" in done.output
+
+
+def test_a_killed_build_of_two_goes_on_with_one(tmp_path, alone):
+    """Parts that were finished before the kill are not computed again."""
+    job = {"slow": 0.25, **ANCHOR}
+    processes = start(tmp_path, 2, job, 120)
+    parts = tmp_path / "saving"
+    for _ in range(600):
+        if len(list(parts.glob("*.partial/part-*"))) >= 2:
+            break
+        time.sleep(0.05)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    finish(processes, 30)
+    left = len(list(parts.glob("*.partial/part-*")))
+    assert left >= 2
+    done = run(tmp_path, 1, **ANCHOR)
+    whole = alone(**ANCHOR).results[0]
+    assert done.results[0]["hashes"] == whole["hashes"]
+    assert done.results[0]["distilled"] < whole["distilled"]
+
+
+def test_resume_with_as_many_and_with_fewer_processes(tmp_path, alone):
+    """A resumed run sees the rows that the uninterrupted one sees, and the same anchor."""
+    job = {"steps": 8, "replay": 3, "args": {"lr_scheduler_type": "constant"}}
+    whole = alone(**job)
+    first = run(tmp_path, 2, **job, save_steps=5, stop_at=5)
+    checkpoint = str(tmp_path / "out" / "checkpoint-5")
+    for ranks in (2, 1):
+        done = run(tmp_path, ranks, **job, resume=checkpoint)
+        assert done.results[0]["anchor"] == first.results[0]["anchor"] == whole.results[0]["anchor"]
+        assert [result["distilled"] for result in done.results] == [0] * ranks
+        for kind in (0, 1):
+            assert rows_by_step(done, kind) == rows_by_step(whole, kind)[5:]
+        for ours, theirs in zip(done.logs[-3:], whole.logs[-3:], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)

@@ -6,6 +6,10 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate.utils import gather_object
+
+from gere.ranks import ALONE, Ranks
+
 
 def divides_by_accumulation(trainer: Any, num_items_in_batch: Any) -> bool:
     """Whether `Trainer.training_step` divides the loss by the accumulation steps.
@@ -28,6 +32,18 @@ def with_processing_class(parent_init: Any, kwargs: dict[str, Any]) -> dict[str,
     if "tokenizer" not in kwargs or "processing_class" in kwargs or "processing_class" not in known:
         return kwargs
     return {"processing_class" if name == "tokenizer" else name: value for name, value in kwargs.items()}
+
+
+def ranks_of(trainer: Any, *, lockstep: bool = False) -> Ranks:
+    """The processes of a trainer's run."""
+    accelerator = trainer.accelerator
+    return Ranks(
+        index=accelerator.process_index,
+        count=accelerator.num_processes,
+        first_here=accelerator.is_local_main_process,
+        lockstep=lockstep,
+        gather=(lambda item: gather_object([item])) if accelerator.num_processes > 1 else ALONE.gather,
+    )
 
 
 def counts_over_ranks(trainer: Any) -> bool:

@@ -26,6 +26,7 @@ class BaseModel:
         pad_id: Padding token.
         device: Where the model is.
         autocast: Makes the context in which training computes.
+        whole: Call nothing but the whole model, since its weights are spread over processes.
     """
 
     def __init__(
@@ -34,11 +35,14 @@ class BaseModel:
         pad_id: int,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        *,
+        whole: bool = False,
     ) -> None:
         self._model: Any = model
         self._pad_id = pad_id
         self._device = device
         self._autocast = autocast
+        self._whole = whole
         self._head: nn.Module | None = None
         self._checked = False
 
@@ -79,7 +83,8 @@ class BaseModel:
                 found=f"a largest difference of {gap:g}",
                 fix="Use a Hugging Face causal language model whose head reads the decoder's output.",
             )
-        self._head = self._plain_head(reader.state, outputs.logits, ids, mask)
+        if not self._whole:
+            self._head = self._plain_head(reader.state, outputs.logits, ids, mask)
         self._checked = True
 
     def _plain_head(self, state: Tensor, logits: Tensor, ids: Tensor, mask: Tensor) -> nn.Module | None:

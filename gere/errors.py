@@ -69,6 +69,10 @@ class NonFiniteStateError(GeReError, ArithmeticError):
     """The base model gave NaN or infinite states or losses on the replay set."""
 
 
+class RankFailedError(GeReError, RuntimeError):
+    """Another process of the run failed in a step that all must finish."""
+
+
 class CacheError(GeReError):
     """Base of everything that can be wrong with an anchor on disk."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gere.cache.build import batches_by_length
+from gere.cache.plan import batches_by_length
 from gere.collator import pad_rows
 from gere.errors import ReplaySetError
 from gere.losses import next_token_ce

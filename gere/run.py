@@ -20,7 +20,9 @@ from gere.config import GeReConfig, parse_replay_per_batch, parse_weight, requir
 from gere.errors import CacheCorruptError, CacheMissingError, ConfigError, ReplaySetError
 from gere.meters import Meters
 from gere.objective import ReplayObjective, StepShare
+from gere.ranks import ALONE, Ranks
 from gere.replay import ReplaySet, load_replay_set
+from gere.sharded import whole_shape
 from gere.states import StateReader
 
 ANCHOR_FILE = "gere_anchor.json"
@@ -35,7 +37,7 @@ class ReadyModel(NamedTuple):
         autocast: Makes the context in which training computes.
         precision: Precision of training, such as `"mixed precision bf16"`.
         fresh: Whether the trainer made the model anew for this training.
-        main: Whether this process builds what the others open.
+        ranks: The processes of the run.
     """
 
     inner: nn.Module
@@ -43,7 +45,7 @@ class ReadyModel(NamedTuple):
     autocast: Callable[[], AbstractContextManager[Any]]
     precision: str
     fresh: bool
-    main: bool
+    ranks: Ranks
 
 
 class ReplayRun:
@@ -90,10 +92,13 @@ class ReplayRun:
         self._objective: ReplayObjective | None = None
         self._reader: StateReader | None = None
 
-    def replay_set(self, tokenizer: Any) -> ReplaySet:
-        """The replay set, read once."""
+    def replay_set(self, tokenizer: Any, ranks: Ranks = ALONE) -> ReplaySet:
+        """The replay set, read once, the same on every rank."""
         if self._replay_set is None:
-            self._replay_set = load_replay_set(self.config, tokenizer, self.folder)
+            load = lambda: load_replay_set(self.config, tokenizer, self.folder)  # noqa: E731
+            self._replay_set = ranks.first_here_first(load)
+            fields = ranks.gather(self._replay_set.fields)
+            ranks.together(lambda: _require_same_texts(fields))
         return self._replay_set
 
     def collator(self, task_collator: Any, tokenizer: Any, spare: Callable[[], Any]) -> MixedCollator:
@@ -164,10 +169,10 @@ class ReplayRun:
             write_atomic(folder / ANCHOR_FILE, canonical_json({"format_version": 1, "anchor": key}))
 
     def _resolve(self, model: ReadyModel, replay: ReplaySet, resumed: bool, progress: bool) -> Anchor:
-        key = self._named_key(model, resumed)
+        key = model.ranks.gather(model.ranks.together(lambda: self._named_key(model, resumed)))[0]
         fields = self._fields(model, replay, weights_moved=key is not None)
         if key is not None:
-            return open_named(self.folder, key, fields)
+            return open_named(self.folder, key, fields, model.ranks)
         if resumed:
             raise CacheMissingError(
                 "Training resumes from a checkpoint that names no anchor, and its model cannot be anchored any more.",
@@ -178,10 +183,10 @@ class ReplayRun:
             )
 
         def build(folder: Path) -> None:
-            base = BaseModel(model.inner, replay.pad_id, model.device, model.autocast)
-            build_anchor(folder, self._plan(fields, replay), base, progress=progress)
+            base = BaseModel(model.inner, replay.pad_id, model.device, model.autocast, whole=model.ranks.lockstep)
+            build_anchor(folder, self._plan(fields, replay), base, ranks=model.ranks, progress=progress)
 
-        return open_or_build(self.folder, fields, build, reuse=self.reuse or not model.main)
+        return open_or_build(self.folder, fields, build, reuse=self.reuse, ranks=model.ranks)
 
     def _plan(self, fields: Mapping[str, str], replay: ReplaySet) -> BuildPlan:
         return BuildPlan(
@@ -213,7 +218,7 @@ class ReplayRun:
     def _fields(self, model: ReadyModel, replay: ReplaySet, *, weights_moved: bool) -> dict[str, str]:
         """What the anchor depends on, in the order in which a difference is reported."""
         bands = f"mean +- {self.config.band_width:g} std, floor {self.config.std_floor:g}"
-        weights = {} if weights_moved else {"weights": weights_digest(model.inner)}
+        weights = {} if weights_moved else {"weights": weights_digest(model.inner, model.ranks)}
         kept = {"tm": "regions of the last layer", "ce": "losses only"}[self.config.replay_strategy]
         return {
             "strategy": kept,
@@ -225,9 +230,23 @@ class ReplayRun:
         }
 
 
+def _require_same_texts(fields: Sequence[Mapping[str, str]]) -> None:
+    """Refuse a replay set that differs between machines, whose files need not be the same."""
+    for rank, other in enumerate(fields):
+        names = [name for name in other if other[name] != fields[0].get(name)]
+        if names:
+            raise ReplaySetError(
+                "The processes do not have the same replay set.",
+                where=f"{', '.join(names)} of gere_config.replay_dataset",
+                expected="the same texts and the same tokenizer on every machine",
+                found=f"others on rank {rank} than on rank 0",
+                fix="Copy the file of rank 0 to the other machines.",
+            )
+
+
 def _require_fit(model: Any, replay: ReplaySet) -> None:
     """Refuse tokens or lengths that the model has no embedding for, before it fails on the device."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = whole_shape(model.get_input_embeddings().weight)[0]
     largest, longest = max(map(max, replay.rows)), max(map(len, replay.rows))
     positions = getattr(model.config, "max_position_embeddings", None) or longest
     checks = (

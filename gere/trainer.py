@@ -18,6 +18,7 @@ from gere.collator import REPLAY, ROWS, TASK, MixedDataset, RowCounts, countable
 from gere.config import GeReConfig, require
 from gere.run import ReadyModel, ReplayRun
 from gere.sampler import BatchInsertionSampler, parent_order
+from gere.sharded import is_sharded
 from gere.states import refuse_unanchorable
 
 if TYPE_CHECKING:
@@ -83,8 +84,7 @@ class GeReMixin(_Parent):
             return super().get_train_dataloader()
         checks.refuse_settings(self)
         task, collator = _compat.without_unused_columns(self)
-        with self.accelerator.main_process_first():
-            replay = self._gere.replay_set(self.processing_class)
+        replay = self._gere.replay_set(self.processing_class, _compat.ranks_of(self))
         mixed = MixedDataset(task, len(replay.rows))
         mixed_collator = self._gere.collator(collator, self.processing_class, mixed.spare)
         with self._gere_data(task, self.data_collator):
@@ -162,17 +162,17 @@ class GeReMixin(_Parent):
             self._gere.name_anchor(Path(output_dir or str(self.args.output_dir)), self.model)
 
     def _gere_prepare(self, resumed: bool) -> None:
+        inner = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         model = ReadyModel(
-            inner=self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False),
+            inner=inner,
             device=self.args.device,
             autocast=self.accelerator.autocast,
             precision=f"mixed precision {self.accelerator.mixed_precision}{', tf32' if self.args.tf32 else ''}",
             fresh=self.model_init is not None,
-            main=self.accelerator.is_main_process,
+            ranks=_compat.ranks_of(self, lockstep=is_sharded(inner)),
         )
-        show = self.is_local_process_zero() and not self.args.disable_tqdm
-        with self.accelerator.main_process_first():
-            self._gere.prepare(model, self.processing_class, resumed=resumed, progress=show)
+        show = self.is_world_process_zero() and not self.args.disable_tqdm
+        self._gere.prepare(model, self.processing_class, resumed=resumed, progress=show)
 
     @contextmanager
     def _gere_data(self, dataset: Any, collator: Any, sampler: Callable[..., Any] | None = None) -> Iterator[None]:

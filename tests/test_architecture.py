@@ -14,7 +14,8 @@ import gere
 PACKAGE = Path(gere.__file__).parent
 RANKS = {
     **dict.fromkeys(["errors"], 0),
-    **dict.fromkeys(["config", "losses", "sampler", "meters", "states", "_compat"], 1),
+    **dict.fromkeys(["config", "losses", "sampler", "meters", "states", "ranks", "sharded"], 1),
+    **dict.fromkeys(["_compat"], 2),
     **dict.fromkeys(["arguments", "cache"], 2),
     **dict.fromkeys(["replay", "collator"], 3),
     **dict.fromkeys(["base_model", "checks", "evaluation", "objective"], 4),

@@ -32,8 +32,8 @@ from gere.cache import (
     unpack,
 )
 from gere.cache import files as cache_files
-from gere.cache.build import batches_by_length
 from gere.cache.fingerprint import key_of
+from gere.cache.plan import batches_by_length
 from gere.cache.store import read_manifest
 from gere.errors import CacheCorruptError, CacheFolderError, CacheMismatchError, NonFiniteStateError
 
@@ -281,7 +281,7 @@ def test_nothing_is_evaluated_twice_after_a_kill(tmp_path):
     plan = plan_of(rows, batch_tokens=90)
     whole = ToyModel()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gere.cache.build.PART_BYTES", 4 * DIM * 200)
+        patch.setattr("gere.cache.plan.PART_BYTES", 4 * DIM * 200)
         build_anchor(tmp_path / "anchor-whole", plan, whole, progress=False)
         with pytest.raises(KeyboardInterrupt):
             build_anchor(tmp_path / "anchor-killed", plan, Killed(), progress=False)
@@ -297,7 +297,7 @@ def test_nothing_is_evaluated_twice_after_a_kill(tmp_path):
 
 def test_a_write_torn_at_any_place_is_gone_on_from(tmp_path, monkeypatch):
     plan = plan_of(toy_rows(40))
-    monkeypatch.setattr("gere.cache.build.PART_BYTES", 4 * DIM * 200)
+    monkeypatch.setattr("gere.cache.plan.PART_BYTES", 4 * DIM * 200)
     build_anchor(tmp_path / "anchor-whole", plan, ToyModel(), progress=False)
     opened = Path.open
 
@@ -341,11 +341,11 @@ def test_a_damaged_part_is_refused_and_not_repaired(tmp_path):
 def test_a_flipped_byte_of_an_unfinished_build_is_refused(tmp_path, monkeypatch):
     plan, folder = plan_of(toy_rows(30)), tmp_path / "anchor-a"
 
-    def killed(*arguments):
+    def killed(*arguments, **keywords):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("gere.cache.build._encode", killed)
+        patch.setattr("gere.cache.build.encode", killed)
         with pytest.raises(KeyboardInterrupt):
             build_anchor(folder, plan, ToyModel(), progress=False)
     rng = np.random.default_rng(0)
@@ -400,8 +400,9 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from test_cache import ToyModel, plan_of, toy_rows
 import gere.cache.build as build
+import gere.cache.plan as plan
 from gere.cache import Anchor
-build.PART_BYTES = 4 * 32 * 100
+plan.PART_BYTES = 4 * 32 * 100
 
 class Slow(ToyModel):
     def __call__(self, rows):

@@ -3,12 +3,12 @@
 from gere.cache.bands import Bands as Bands
 from gere.cache.bands import Moments as Moments
 from gere.cache.bands import mean_std_bands as mean_std_bands
-from gere.cache.build import BuildPlan as BuildPlan
-from gere.cache.build import Distilled as Distilled
 from gere.cache.build import build_anchor as build_anchor
 from gere.cache.codec import pack as pack
 from gere.cache.codec import regions as regions
 from gere.cache.codec import unpack as unpack
+from gere.cache.plan import BuildPlan as BuildPlan
+from gere.cache.plan import Distilled as Distilled
 from gere.cache.resolve import open_named as open_named
 from gere.cache.resolve import open_or_build as open_or_build
 from gere.cache.store import Anchor as Anchor

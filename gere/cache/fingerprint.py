@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gere.cache.files import canonical_json, sha256
+from gere.ranks import ALONE, Ranks
+from gere.sharded import whole, whole_shape
 from gere.states import base_module
 
 FORMAT_VERSION = 1
@@ -44,7 +47,7 @@ def architecture_digest(model: nn.Module) -> str:
     config = causal.config.to_dict() if hasattr(causal, "config") else {}  # type: ignore[operator, union-attr]
     content = {
         "class": type(causal).__name__,
-        "shapes": {name: list(tensor.shape) for name, tensor in base_tensors(model).items()},
+        "shapes": {name: list(whole_shape(tensor)) for name, tensor in base_tensors(model).items()},
         "config": {name: config[name] for name in FORWARD_CONFIG if config.get(name) is not None},
         "rope": _rope(config),
     }
@@ -59,17 +62,25 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": kind, **{name: value for name, value in rope.items() if value is not None}}
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module, ranks: Ranks = ALONE) -> str:
     """Digest of every weight and persistent buffer of the base model.
 
     Args:
         model: The model without its distributed wrapper. Weights of PEFT adapters are left out and the wrapper's names
-            undone, so that a model has one digest with an adapter and without.
+            undone, so that a model has one digest with an adapter and without, sharded and whole.
+        ranks: All processes; each must call this. The first one computes for all, so that weights that only rounding
+            tells apart have one digest.
     """
-    with ThreadPoolExecutor(max_workers=4) as pool:  # each holds a copy of one tensor in main memory
-        tensors = sorted(base_tensors(model).items())
-        digests = pool.map(lambda item: _tensor_digest(*item), tensors)
-        return sha256("".join(digests).encode())
+    tensors = sorted(base_tensors(model).items())
+    digests: list[str] = []
+    if ranks.lockstep:
+        for name, tensor in tensors:
+            content = whole(tensor)  # every process takes part in it
+            digests += [_tensor_digest(name, content)] if ranks.index == 0 else []
+    elif ranks.index == 0:
+        with ThreadPoolExecutor(max_workers=4) as pool:  # each holds a copy of one tensor in main memory
+            digests = list(pool.map(lambda item: _tensor_digest(*item), tensors))
+    return ranks.gather(sha256("".join(digests).encode()))[0]
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -78,13 +89,14 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     adapters = {"modules_to_save"}
     for module in causal.modules():
         adapters.update(getattr(module, "adapter_layer_names", ()))
-    found: dict[tuple[int, tuple[int, ...]], tuple[str, Tensor]] = {}
-    for full_name, tensor in causal.state_dict().items():
+    found: dict[tuple[int, ...], tuple[str, Tensor]] = {}
+    for full_name, tensor in causal.state_dict(keep_vars=True).items():
         parts = full_name.split(".")
         if not isinstance(tensor, Tensor) or adapters & set(parts):
             continue
         name = ".".join(part for part in parts if part not in ADAPTER_WRAPPERS)
-        address = (tensor.data_ptr() if tensor.numel() else id(tensor), tuple(tensor.shape))
+        split = isinstance(tensor, DTensor) or not tensor.numel()
+        address = (id(tensor),) if split else (tensor.data_ptr(), *tensor.shape)
         found[address] = min(found.get(address, (name, tensor)), (name, tensor), key=lambda item: item[0])
     return dict(found.values())
 

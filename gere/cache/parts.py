@@ -53,13 +53,7 @@ def load_part(path: Path, tag: str) -> dict[str, Tensor] | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # safetensors, JSON and struct raise many kinds
-        raise CacheCorruptError(
-            "A part of an unfinished anchor cannot be read.",
-            where=path,
-            expected="a part as it was written",
-            found=f"{type(error).__name__}: {error}",
-            fix="Delete this file; only its rows are then evaluated again.",
-        ) from error
+        raise _damaged(path, error) from error
 
 
 def read_part(path: Path, tag: str) -> dict[str, Tensor]:
@@ -68,6 +62,16 @@ def read_part(path: Path, tag: str) -> dict[str, Tensor]:
     if stored is None:
         raise FileNotFoundError(path)
     return stored
+
+
+def _damaged(path: Path, error: Exception) -> CacheCorruptError:
+    return CacheCorruptError(
+        "A part of an unfinished anchor cannot be read.",
+        where=path,
+        expected="a part as it was written",
+        found=f"{type(error).__name__}: {error}",
+        fix="Delete this file; only its rows are then evaluated again.",
+    )
 
 
 def _part_digest(tag: str, tensors: Mapping[str, Tensor]) -> str:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from gere.cache.build import finish_build
+from gere.cache.build import finish_build, partial_folder, spread_anchor
 from gere.cache.files import folder_errors, make_folder
 from gere.cache.fingerprint import differences, key_of
+from gere.cache.shares import leads_disk
 from gere.cache.store import MANIFEST, Anchor, read_manifest
 from gere.errors import CacheCorruptError, CacheMismatchError, CacheMissingError
+from gere.ranks import ALONE, Ranks
+
+LOCK_SECONDS = 2.0
 
 NAMED_WAY_ON = (
     "Restore the setting; or, from the base model, build an anchor with the new settings (one step is enough) and set "
@@ -31,21 +36,81 @@ def anchor_folder(root: Path, key: str) -> Path:
     return root / f"anchor-{key}"
 
 
-def open_named(root: Path, key: str, fields: Mapping[str, str]) -> Anchor:
+def open_named(root: Path, key: str, fields: Mapping[str, str], ranks: Ranks = ALONE) -> Anchor:
     """Open the anchor that a checkpoint, a model or the user names. It is never built.
 
     Args:
         root: Cache folder.
         key: Key of the anchor.
         fields: What must agree; a fine-tuned model leaves out its weights, which have moved.
+        ranks: All processes; each must call this.
 
     Raises:
         CacheMissingError: If there is none with this key.
         CacheMismatchError: If a field disagrees.
         CacheCorruptError: If its bytes are damaged.
+        RankFailedError: If another process failed.
     """
     folder = anchor_folder(root, key)
-    finish_build(folder)
+    if any(ranks.gather(partial_folder(folder).exists() and not folder.exists())):
+        leads = leads_disk(root, ranks)
+        ranks.together(lambda: finish_build(folder) if leads else None)
+    spread_anchor(folder, ranks)
+    return ranks.together(lambda: _open_same(root, folder, fields))
+
+
+def open_or_build(
+    root: Path, fields: Mapping[str, str], build: Callable[[Path], None], *, reuse: bool, ranks: Ranks = ALONE
+) -> Anchor:
+    """Open the anchor that belongs to `fields`, or build it if the cache folder holds none.
+
+    Args:
+        root: Cache folder.
+        fields: What the anchor depends on.
+        build: Builds the anchor in the folder that it is given; called on every process.
+        reuse: Open what is there, and refuse a folder that holds only others. `False` builds anew.
+        ranks: All processes; each must call this.
+
+    Raises:
+        CacheMismatchError: If the folder holds an anchor of other fields, naming them.
+        CacheCorruptError: If the anchor is damaged.
+        CacheFolderError: If the folder cannot be used.
+        RankFailedError: If another process failed.
+    """
+    folder = anchor_folder(root, key_of(fields))
+    if not (reuse and all(ranks.gather((folder / MANIFEST).exists()))):
+        ranks.together(lambda: make_folder(root))
+        with _locked(root, ranks):
+            if not (reuse and any(ranks.gather((folder / MANIFEST).exists()))):
+                ranks.together(lambda: _refuse_others(root, fields) if reuse else None)
+                build(folder)
+    spread_anchor(folder, ranks)
+    return ranks.together(lambda: _open(folder))
+
+
+@contextmanager
+def _locked(root: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other runs out, by one process for each disk; the others ask again and again, so that none times out."""
+    lock = FileLock(root / ".lock")
+    leads = leads_disk(root, ranks)
+
+    def acquire() -> bool:
+        with folder_errors(root):
+            try:
+                lock.acquire(timeout=LOCK_SECONDS)
+            except Timeout:
+                return False
+        return True
+
+    try:
+        while not all(ranks.gather(ranks.together(lambda: not leads or lock.is_locked or acquire()))):
+            pass
+        yield
+    finally:
+        lock.release()
+
+
+def _open_same(root: Path, folder: Path, fields: Mapping[str, str]) -> Anchor:
     if not (folder / MANIFEST).exists():
         raise CacheMissingError(
             "The anchor of this run is not in the cache folder, and a trained model cannot be anchored again.",
@@ -58,37 +123,6 @@ def open_named(root: Path, key: str, fields: Mapping[str, str]) -> Anchor:
     anchor = _open(folder)
     _require_same(fields, {name: anchor.fields.get(name, "") for name in fields}, folder, NAMED_WAY_ON)
     return anchor
-
-
-def open_or_build(root: Path, fields: Mapping[str, str], build: Callable[[Path], None], *, reuse: bool) -> Anchor:
-    """Open the anchor that belongs to `fields`, or build it if the cache folder holds none.
-
-    Args:
-        root: Cache folder.
-        fields: What the anchor depends on.
-        build: Builds the anchor in the folder that it is given.
-        reuse: Open what is there, and refuse a folder that holds only others. `False` builds anew.
-
-    Raises:
-        CacheMismatchError: If the folder holds an anchor of other fields, naming them.
-        CacheCorruptError: If the anchor is damaged.
-        CacheFolderError: If the folder cannot be used.
-    """
-    folder = anchor_folder(root, key_of(fields))
-    if reuse and (folder / MANIFEST).exists():
-        return _open(folder)
-    make_folder(root)
-    lock = FileLock(root / ".lock")
-    with folder_errors(root):
-        lock.acquire()
-    try:
-        if not (reuse and (folder / MANIFEST).exists()):
-            if reuse:
-                _refuse_others(root, fields)
-            build(folder)
-    finally:
-        lock.release()
-    return _open(folder)
 
 
 def _open(folder: Path) -> Anchor:

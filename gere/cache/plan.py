@@ -1,0 +1,75 @@
+"""What an anchor is built from, and how its rows are grouped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+PART_BYTES = 64 << 20
+LEAST_PARTS = 32  # so many ranks find a share each
+
+
+class Distilled(NamedTuple):
+    """What the base model says about a padded batch.
+
+    Attributes:
+        state: Last-layer states, shape [b, t, d].
+        ce: Cross-entropy of each row, shape [b].
+    """
+
+    state: Tensor
+    ce: Tensor
+
+
+class BuildPlan(NamedTuple):
+    """Everything that decides the bytes of an anchor, beside the model.
+
+    Attributes:
+        fields: What the anchor depends on.
+        rows: Token ids of the replay rows.
+        keep_regions: Whether the strategy needs regions.
+        band_width: k of the bands.
+        std_floor: Smallest sigma as a share of the root mean square sigma.
+        batch_tokens: Padded tokens of one forward pass.
+    """
+
+    fields: Mapping[str, str]
+    rows: Sequence[Sequence[int]]
+    keep_regions: bool
+    band_width: float
+    std_floor: float
+    batch_tokens: int
+
+
+Distil = Callable[[Sequence[Sequence[int]]], Distilled]
+
+
+def batches_by_length(rows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
+    """Split rows into batches of like length, longest first, each within a budget of padded tokens."""
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    batch: list[int] = []
+    for row in order:
+        if batch and (len(batch) + 1) * len(rows[batch[0]]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def parts_of(plan: BuildPlan, dim: int) -> Iterator[list[list[int]]]:
+    """Group batches into parts of at most `PART_BYTES` of float32 states, and into enough parts to share them out."""
+    budget = min(PART_BYTES // (4 * max(1, dim)), sum(map(len, plan.rows)) // LEAST_PARTS)
+    part: list[list[int]] = []
+    tokens = 0
+    for batch in batches_by_length(plan.rows, plan.batch_tokens):
+        size = sum(len(plan.rows[row]) for row in batch)
+        if part and tokens + size > budget:
+            yield part
+            part, tokens = [], 0
+        part.append(batch)
+        tokens += size
+    if part:
+        yield part

@@ -1,0 +1,34 @@
+"""Weights that are spread over processes, by DeepSpeed ZeRO-3 or FSDP2: their true shape, and the whole of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a process holds only a part of some weights, so that all must call the model together."""
+    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_shape") for weight in model.parameters())
+
+
+def whole_shape(weight: Any) -> tuple[int, ...]:
+    """Shape of a weight over all processes."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+def whole(weight: Any) -> Tensor:
+    """All of a weight, in main memory. Every process must ask for the same weights in the same order.
+
+    Args:
+        weight: A parameter or buffer.
+    """
+    if hasattr(weight, "full_tensor"):
+        return weight.detach().full_tensor().cpu()
+    if hasattr(weight, "ds_shape"):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([weight]):
+            return weight.detach().cpu().clone()
+    return weight.detach().cpu()

@@ -9,9 +9,12 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import yaml
+from conftest import ROOT
 
 from gere.errors import ConfigError, GeReError, UnsupportedSettingError
 from gere.integrations.llamafactory import run
+from gere.integrations.llamafactory_config import split_config
 from gere.integrations.torchrun import torchrun_options, worker_environment
 
 SECTION = {"replay_strategy": "ce"}
@@ -121,3 +124,11 @@ def test_importing_it_imports_nothing_heavy():
     script = f"import sys, gere.integrations.llamafactory; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == ""
+
+
+def test_the_section_of_the_document_is_one():
+    document = (ROOT / "docs" / "llamafactory.md").read_text(encoding="utf-8")
+    block = yaml.safe_load(document.split("```yaml\n")[1].split("```")[0])
+    _, stage, kwargs = split_config({**block, "stage": "pt"}, "the document")
+    assert stage == "pt" and kwargs["num_interpolate_per_batch"] == 4 and kwargs["w_strategy"] == "dy"
+    assert kwargs["gere_config"].replay_dataset == "general.jsonl"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from accelerate.utils import gather_object
+from torch.utils.data import BatchSampler
 
 from gere.ranks import ALONE, Ranks
 
@@ -44,6 +45,28 @@ def ranks_of(trainer: Any, *, lockstep: bool = False) -> Ranks:
         lockstep=lockstep,
         gather=(lambda item: gather_object([item])) if accelerator.num_processes > 1 else ALONE.gather,
     )
+
+
+def parallel_sizes(trainer: Any) -> dict[str, int]:
+    """Sizes above 1 of parallelism that splits a row, or a batch, over processes."""
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    sizes = {name: getattr(config, name, 1) for name in ("cp_size", "sp_size", "tp_size")}
+    sizes["tp_size"] = max(int(sizes["tp_size"] or 1), int(getattr(trainer, "get_tp_size", lambda: 1)()))
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    settings = getattr(plugin, "deepspeed_config", None) or {}
+    sizes["sequence_parallel_size"] = settings.get("sequence_parallel_size", 1)
+    return {name: size for name, size in sizes.items() if size and size > 1}
+
+
+def gives_batches(sampler: Any) -> bool:
+    """Whether a sampler gives lists of rows; that of transformers 5.17 is no `BatchSampler`."""
+    return isinstance(sampler, BatchSampler) or type(sampler).__name__ == "BatchRebalanceSampler"
+
+
+def uses_fsdp1(trainer: Any) -> bool:
+    """Whether the model is sharded by the first FSDP, which hides the weights of a module in one flat tensor."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    return plugin is not None and getattr(plugin, "fsdp_version", 1) == 1
 
 
 def counts_over_ranks(trainer: Any) -> bool:

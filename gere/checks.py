@@ -5,61 +5,114 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch.utils.data import BatchSampler
+from torch import nn
+from torch.utils.data import IterableDataset
 
+from gere._compat import gives_batches, parallel_sizes, uses_fsdp1
 from gere.collator import RowCounts
-from gere.errors import UnsupportedSettingError
+from gere.errors import ConfigError, UnsupportedSettingError
+from gere.states import is_reentrant
 
 
 def refuse_settings(trainer: Any) -> None:
-    """Refuse settings under which a batch would not be what the sampler planned.
+    """Refuse settings under which a batch would not be what was planned.
 
     Raises:
         UnsupportedSettingError: Naming the setting.
     """
-    accelerator = trainer.accelerator
-    loader = accelerator.dataloader_config
+    accelerator, args = trainer.accelerator, trainer.args
     kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]
-    data, args = trainer.train_dataset, trainer.args
-    sized = hasattr(data, "__len__") and hasattr(data, "__getitem__")
-    names = "accelerator_config."
+    known = kind in ("NO", "DEEPSPEED", "FSDP") or kind.startswith("MULTI_")
+    split = bool(accelerator.dataloader_config.split_batches)
+    several = bool(getattr(trainer, "is_model_parallel", False))
+    parallel = parallel_sizes(trainer)
+    one = "one process, DDP, DeepSpeed ZeRO or FSDP2"
     problems = (
-        (
-            not sized,
-            "train_dataset",
-            "a dataset with a length",
-            type(data).__name__,
-            "Load it, do not stream it.",
-        ),
         (args.n_gpu > 1, "nn.DataParallel", "one GPU for each process", f"{args.n_gpu} GPUs", "Start with torchrun."),
-        (bool(loader.split_batches), f"{names}split_batches", "False", True, "Leave it out."),
-        (bool(loader.dispatch_batches), f"{names}dispatch_batches", "False or None", True, "Leave it out."),
+        (split, "accelerator_config.split_batches", "False", True, "Leave it out."),
+        (not known, "distributed training", one, kind, "Use DDP."),
+        (uses_fsdp1(trainer), "fsdp_config", "version 2", "version 1", 'Set fsdp_config={"fsdp_version": 2}.'),
+        (several, "device_map", "the whole model on one device", "a model on several", "Load it without device_map."),
         (
-            kind != "NO" and not kind.startswith("MULTI_"),
-            "distributed training",
-            "one process or DDP",
-            kind,
-            "Use DDP.",
-        ),
-        (
-            bool(getattr(trainer, "is_model_parallel", False)),
-            "device_map",
-            "the whole model on one device",
-            "a model on several",
-            "Load the model without device_map.",
-        ),
-        (
-            getattr(args, "train_sampling_strategy", "") == "batch_rebalance",
-            "train_sampling_strategy",
-            "'random', 'sequential' or 'group_by_length'",
-            "'batch_rebalance'",
-            "Use 'group_by_length' against padding.",
+            bool(parallel),
+            "context, sequence or tensor parallelism",
+            "rows that belong to one process",
+            ", ".join(f"{name} {size}" for name, size in parallel.items()),
+            "Set these sizes to 1; use DDP, ZeRO or FSDP2.",
         ),
     )
     for wrong, where, expected, found, fix in problems:
         if wrong:
             what = "A training setting does not go together with replay."
             raise UnsupportedSettingError(what, where=where, expected=expected, found=found, fix=fix)
+
+
+def refuse_reentrant(trainer: Any, model: nn.Module) -> None:
+    """Refuse reentrant checkpointing where a micro-step can hold task rows and replay rows.
+
+    It has two forward passes then, and DDP and ZeRO take the second backward pass through a weight for a fault.
+
+    Raises:
+        UnsupportedSettingError: If such a micro-step can occur.
+    """
+    width = trainer.accelerator.num_processes * trainer._train_batch_size
+    rows = trainer._gere.replay_per_batch
+    mixed = trainer._gere.adding or not rows or rows % width
+    wrapped = trainer.accelerator.num_processes > 1 or "DEEPSPEED" in str(trainer.accelerator.distributed_type)
+    if wrapped and mixed and is_reentrant(model):
+        ways = "" if trainer._gere.adding else f"; or make num_interpolate_per_batch a multiple of {width}"
+        raise UnsupportedSettingError(
+            "Reentrant checkpointing does not allow two forward passes in a micro-step on several processes.",
+            where="gradient_checkpointing_kwargs",
+            expected='{"use_reentrant": False}',
+            found="use_reentrant True",
+            fix=f"Set it so (LLaMA-Factory: use_reentrant_gc: false){ways}.",
+        )
+
+
+def why_added(trainer: Any) -> str | None:
+    """Why replay rows have to be added to the batches, and cannot replace task rows in them; `None` if they can."""
+    data = trainer.train_dataset
+    sized = hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, IterableDataset)
+    if trainer._gere.config.replay_mode == "add":
+        return 'gere_config.replay_mode is "add"'
+    if not sized:
+        return f"train_dataset is a {type(data).__name__} without a length"
+    if trainer.accelerator.dataloader_config.dispatch_batches:
+        return "accelerator_config.dispatch_batches is True"
+    return None
+
+
+def why_no_row_sampler(sampler: Any) -> str | None:
+    """Why the parent's sampler cannot be used row by row; `None` if it can."""
+    if sampler is None or gives_batches(sampler) or not hasattr(sampler, "__len__"):
+        return f"the sampler is a {type(sampler).__name__}, which does not give single rows in a known number"
+    return None
+
+
+def require_addable(mode: str, rows: int, why: str) -> None:
+    """Refuse to add rows where that is not wanted or not defined.
+
+    Raises:
+        UnsupportedSettingError: If the user asked for replacement.
+        ConfigError: If the number of replay rows of a step is open.
+    """
+    if mode == "replace":
+        raise UnsupportedSettingError(
+            "Replay rows cannot replace task rows here.",
+            where="gere_config.replay_mode",
+            expected='"auto" or "add"',
+            found=f'"replace", while {why}',
+            fix="Leave replay_mode out, or give the trainer a dataset and a sampler of single rows with a length.",
+        )
+    if not rows:
+        raise ConfigError(
+            "Without a number of replay rows for each step they cannot be added to the batches.",
+            where="num_interpolate_per_batch",
+            expected=f"at least 1, since {why}",
+            found=rows,
+            fix="Set it, for example to a fifth of the rows of an optimizer step.",
+        )
 
 
 def require_replay(trainer: Any, rows: Sequence[RowCounts]) -> None:
@@ -80,22 +133,7 @@ def require_replay(trainer: Any, rows: Sequence[RowCounts]) -> None:
             where=f"{type(trainer).__name__}.get_train_dataloader",
             expected=f"{wanted or 'some'} replay rows in an optimizer step, put there by the trainer's sampler",
             found=f"{found} replay rows",
-            fix="Build the loader from self.train_dataset, self.data_collator and self._get_train_sampler() in a "
-            "subclass of Trainer, and use gere_trainer(...) of it; or override _get_train_sampler alone.",
+            fix='Set gere_config.replay_mode to "add"; or build the loader from self.train_dataset, '
+            "self.data_collator and self._get_train_sampler() in a subclass of Trainer, and use gere_trainer(...) of "
+            "it; or override _get_train_sampler alone.",
         )
-
-
-def require_row_sampler(sampler: Any) -> Any:
-    """Refuse what does not give single rows in a known number.
-
-    Raises:
-        UnsupportedSettingError: For a batch sampler or none at all.
-    """
-    if sampler is None or isinstance(sampler, BatchSampler) or not hasattr(sampler, "__len__"):
-        raise UnsupportedSettingError(
-            "The trainer's sampler does not go together with replay.",
-            where=type(sampler).__name__,
-            expected="a sampler of single rows with a length",
-            fix="Return such a sampler from _get_train_sampler.",
-        )
-    return sampler

@@ -134,6 +134,19 @@ class MixedCollator:
         batch[ROWS] = (*here, all_task, all_replay)  # numbers, not a tensor: reading one would wait for the device
         return batch | _flat_tokens(batch.get(TASK), here[0])
 
+    def add(self, task: dict[str, Any], counts: RowCounts, indices: Sequence[int]) -> dict[str, Any]:
+        """Add replay rows to a batch of task rows that the user's own loader made.
+
+        Args:
+            task: The batch.
+            counts: Rows of the micro-step.
+            indices: Replay rows for this rank.
+        """
+        batch: dict[str, Any] = {TASK: task, ROWS: tuple(counts)}
+        if counts.all_replay:
+            batch[REPLAY] = self.replay_batch(indices or [self.spare_replay])
+        return batch | _flat_tokens(task, counts.task)
+
     @property
     def spare_replay(self) -> int:
         """The shortest replay row, for a rank that has none in a micro-step in which others do."""

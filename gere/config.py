@@ -10,6 +10,7 @@ from gere.errors import ConfigError
 
 STRATEGIES = ("tm", "ce", "none")
 NORMALIZATIONS = ("violations", "elements")
+MODES = ("auto", "replace", "add")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,8 @@ class GeReConfig:
         add_bos: Whether a row begins with the BOS token. `None` leaves it to the tokenizer.
         replay_strategy: `"tm"` (cross-entropy and threshold-based margin), `"ce"` (cross-entropy alone), or `"none"`
             (no replay: the parent trainer, bit for bit).
+        replay_mode: Whether the replay rows of a step `"replace"` task rows of it, or are added to them (`"add"`).
+            `"auto"` replaces, and adds where it has to: streaming datasets, batch samplers, dispatched batches.
         normalization: What the margin of a row is divided by: its violated elements (`"violations"`, the official
             rule) or all its elements (`"elements"`).
         band_width: k of the bands mu - k sigma and mu + k sigma.
@@ -51,6 +54,7 @@ class GeReConfig:
     max_length: int = 563
     add_bos: bool | None = None
     replay_strategy: Literal["tm", "ce", "none"] = "tm"
+    replay_mode: Literal["auto", "replace", "add"] = "auto"
     normalization: Literal["violations", "elements"] = "violations"
     band_width: float = 1.0
     std_floor: float = 1e-3
@@ -59,7 +63,8 @@ class GeReConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name, choices in (("replay_strategy", STRATEGIES), ("normalization", NORMALIZATIONS)):
+        closed = {"replay_strategy": STRATEGIES, "replay_mode": MODES, "normalization": NORMALIZATIONS}
+        for name, choices in closed.items():
             value = getattr(self, name)
             require(value in choices, f"gere_config.{name}", " or ".join(map(repr, choices)), value)
         for name, least in (("max_length", 2), ("anchor_batch_tokens", 1), ("replay_size", 1)):

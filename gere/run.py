@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,10 +23,12 @@ from gere.meters import Meters
 from gere.objective import ReplayObjective, StepShare
 from gere.ranks import ALONE, Ranks
 from gere.replay import ReplaySet, load_replay_set
+from gere.sampler import added_rows
 from gere.sharded import whole_shape
 from gere.states import StateReader
 
 ANCHOR_FILE = "gere_anchor.json"
+logger = logging.getLogger("gere")
 
 
 class ReadyModel(NamedTuple):
@@ -60,6 +63,7 @@ class ReplayRun:
 
     Attributes:
         active: Whether there is replay at all.
+        adding: Whether replay rows are added to the user's batches, and do not replace rows in them.
         anchor: The anchor, from the first training step on.
         checkpoint: The checkpoint that training resumes from.
         share: Rows of the optimizer step at hand.
@@ -83,6 +87,7 @@ class ReplayRun:
         self.w_strategy = parse_weight(w_strategy)
         self.config = config or GeReConfig()
         self.active = self.config.replay_strategy != "none"
+        self.adding = False
         self.anchor: Anchor | None = None
         self.checkpoint: Path | None = None
         self.share = StepShare(1, 0, 1, None)
@@ -101,12 +106,52 @@ class ReplayRun:
             ranks.together(lambda: _require_same_texts(fields))
         return self._replay_set
 
-    def collator(self, task_collator: Any, tokenizer: Any, spare: Callable[[], Any]) -> MixedCollator:
+    def collator(self, task_collator: Any, tokenizer: Any, spare: Callable[[], Any] | None = None) -> MixedCollator:
         """Collator of mixed batches; it knows the anchor as soon as that is open."""
         replay = self.replay_set(tokenizer)
         self._collator = MixedCollator(task_collator, replay.rows, replay.pad_id, spare)
         self._collator.anchor = self.anchor
         return self._collator
+
+    def add_from_now_on(self, why: str, *, tell: bool) -> None:
+        """Add replay rows to the user's batches.
+
+        Args:
+            why: The reason.
+            tell: Say so in the log of this process, once.
+        """
+        if tell and not self.adding:
+            what = "Each optimizer step gets %d replay rows beside its task rows, and none is replaced, since %s."
+            logger.warning(what, self.replay_per_batch, why)
+        self.adding = True
+
+    def add_rows(
+        self, samples: Sequence[Any], *, step: int, seed: int, rows: int, rank: int, ranks: int
+    ) -> list[dict[str, Any]]:
+        """Add the replay rows of an optimizer step to its micro-batches.
+
+        Args:
+            samples: Micro-batches of this rank.
+            step: Optimizer steps before this one.
+            seed: Seed of the order of replay rows.
+            rows: Task rows of a micro-batch, as the trainer was told.
+            rank: This rank.
+            ranks: Number of ranks.
+        """
+        if self._collator is None or not samples:
+            return list(samples)
+        plan = added_rows(
+            len(self._collator.rows),
+            self.replay_per_batch,
+            seed=seed,
+            step=step,
+            micro_steps=len(samples),
+            micro_batch_size=rows,
+            world_size=ranks,
+        )
+        counts = [RowCounts(rows, len(shares[rank]), rows * ranks, sum(map(len, shares))) for shares in plan]
+        parts = zip(samples, counts, plan, strict=True)
+        return [self._collator.add(dict(sample), count, shares[rank]) for sample, count, shares in parts]
 
     def prepare(self, model: ReadyModel, tokenizer: Any, *, resumed: bool, progress: bool) -> None:
         """Open or build the anchor.

@@ -59,6 +59,52 @@ def parent_order(sampler: Any, seed: int) -> Callable[[int], list[int]] | None:
     return order
 
 
+def replay_stream(num_replay: int, seed: int, start: int) -> Iterator[int]:
+    """Replay rows from position `start` of the endless sequence of whole permutations of the replay set."""
+    for number in itertools.count(start // num_replay):
+        order = _permutation((seed, _REPLAY, number), num_replay)
+        skip = start % num_replay if number == start // num_replay else 0
+        yield from (int(row) for row in order[skip:])
+
+
+def added_rows(
+    num_replay: int,
+    replay_per_batch: int,
+    *,
+    seed: int,
+    step: int,
+    micro_steps: int,
+    micro_batch_size: int,
+    world_size: int = 1,
+) -> list[list[list[int]]]:
+    """Replay rows that are added to the batches of one optimizer step, where they cannot replace task rows.
+
+    They fill whole micro-steps from the end, one after another, so that as few as possible have two forward passes.
+
+    Args:
+        num_replay: Replay rows in all.
+        replay_per_batch: Replay rows of a step over all ranks.
+        seed: Seed of their order.
+        step: Optimizer steps before this one.
+        micro_steps: Micro-steps of this step.
+        micro_batch_size: Rows of one forward pass on one rank.
+        world_size: Number of ranks.
+
+    Returns:
+        Rows by micro-step and rank.
+
+    Example:
+        >>> [[len(rows) for rows in ranks] for ranks in added_rows(
+        ...     9, 3, seed=0, step=5, micro_steps=2, micro_batch_size=1, world_size=2)]
+        [[1, 0], [1, 1]]
+    """
+    rows = list(itertools.islice(replay_stream(num_replay, seed, step * replay_per_batch), replay_per_batch))
+    width = max(micro_batch_size * world_size, -(-replay_per_batch // micro_steps))
+    last = [rows[start : start + width] for start in range(0, replay_per_batch, width)]
+    steps: list[list[int]] = [[] for _ in range(micro_steps - len(last))] + last[::-1]
+    return [[step_rows[rank::world_size] for rank in range(world_size)] for step_rows in steps]
+
+
 class BatchInsertionSampler(Sampler[int]):
     """Put a fixed number of replay rows into every optimizer step.
 
@@ -151,7 +197,8 @@ class BatchInsertionSampler(Sampler[int]):
         replay_rows = self.replay_per_batch
         task_rows = self.batch_size - replay_rows
         tasks = itertools.cycle(self._task_indices())
-        replay = self._replay_stream(self.epoch * self.blocks_per_epoch * replay_rows)
+        stream = replay_stream(self.num_replay, self.seed, self.epoch * self.blocks_per_epoch * replay_rows)
+        replay = (row + self.num_task for row in stream)
         for _ in range(self.blocks_per_epoch):
             yield list(itertools.islice(tasks, task_rows)), list(itertools.islice(replay, replay_rows))
 
@@ -170,13 +217,6 @@ class BatchInsertionSampler(Sampler[int]):
         if self.task_order is not None:
             return [int(index) for index in self.task_order(self.epoch)]
         return [int(index) for index in _permutation((self.seed, _TASK, self.epoch), self.num_task)]
-
-    def _replay_stream(self, start: int) -> Iterator[int]:
-        """Replay indices from position `start` of the endless sequence of permutations."""
-        for number in itertools.count(start // self.num_replay):
-            order = _permutation((self.seed, _REPLAY, number), self.num_replay)
-            skip = start % self.num_replay if number == start // self.num_replay else 0
-            yield from (int(index) + self.num_task for index in order[skip:])
 
     def _place(self, task_rows: list[int], replay_rows: list[int]) -> list[int]:
         """Order one block so that at most one micro-step holds both kinds."""

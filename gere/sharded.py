@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a process holds only a part of some weights, so that all must call the model together."""
     return any(isinstance(weight, DTensor) or hasattr(weight, "ds_shape") for weight in model.parameters())
+
+
+def class_name(model: nn.Module) -> str:
+    """Class of a model by name; FSDP2 puts a class of its own before it."""
+    return next(cls.__name__ for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def whole_shape(weight: Any) -> tuple[int, ...]:
@@ -26,9 +32,10 @@ def whole(weight: Any) -> Tensor:
     """
     if hasattr(weight, "full_tensor"):
         return weight.detach().full_tensor().cpu()
-    if hasattr(weight, "ds_shape"):
-        from deepspeed.zero import GatheredParameters
+    # DeepSpeed keeps small weights whole and would not gather them again for a forward pass.
+    if getattr(getattr(weight, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE":
+        import deepspeed
 
-        with GatheredParameters([weight]):
+        with deepspeed.zero.GatheredParameters([weight]):
             return weight.detach().cpu().clone()
     return weight.detach().cpu()

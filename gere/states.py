@@ -91,6 +91,17 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "disable_adapter") or bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
+def is_reentrant(model: nn.Module) -> bool:
+    """Whether a module of the model recomputes its activations by reentrant checkpointing."""
+    for module in model.modules():
+        function: Any = getattr(module, "_gradient_checkpointing_func", None)
+        while function is not None and getattr(module, "gradient_checkpointing", False):
+            if getattr(function, "keywords", {}).get("use_reentrant"):
+                return True
+            function = getattr(function, "__wrapped__", None)
+    return False
+
+
 @contextmanager
 def adapters_disabled(model: Any) -> Iterator[None]:
     """Show the base model of a PEFT model, or of a model with adapters of its own; nothing for any other."""

@@ -83,44 +83,64 @@ class GeReMixin(_Parent):
         if not self._gere.active or self.train_dataset is None:
             return super().get_train_dataloader()
         checks.refuse_settings(self)
-        task, collator = _compat.without_unused_columns(self)
         replay = self._gere.replay_set(self.processing_class, _compat.ranks_of(self))
+        why, order = checks.why_added(self), None
+        if why is None:
+            task, collator = _compat.without_unused_columns(self)
+            with self._gere_data(task, self.data_collator):
+                order = self._get_train_sampler(task)
+            why = checks.why_no_row_sampler(order)
+        if why is not None:
+            checks.require_addable(self._gere.config.replay_mode, self._gere.replay_per_batch, why)
+            self._gere.collator(self.data_collator, self.processing_class)
+            self._gere.add_from_now_on(why, tell=self.is_world_process_zero())
+            return super().get_train_dataloader()
         mixed = MixedDataset(task, len(replay.rows))
         mixed_collator = self._gere.collator(collator, self.processing_class, mixed.spare)
-        with self._gere_data(task, self.data_collator):
-            order = checks.require_row_sampler(self._get_train_sampler(task))
         with self._gere_data(mixed, mixed_collator, sampler=lambda *_: self._gere_sampler(mixed, order)):
             return super().get_train_dataloader()
 
     def _gere_sampler(self, dataset: MixedDataset, parent: Any) -> Sampler[Any]:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        ranks = self.accelerator.num_processes
+        ranks = self._gere_ranks
         sampler = BatchInsertionSampler(
             dataset.num_task,
             dataset.num_replay,
             batch_size=self._train_batch_size * ranks * self.args.gradient_accumulation_steps,
             replay_per_batch=self._gere.replay_per_batch,
-            seed=seed,
+            seed=self._gere_seed,
             micro_batch_size=self._train_batch_size,
             world_size=ranks,
-            task_order=parent_order(parent, seed),
+            task_order=parent_order(parent, self._gere_seed),
             tasks_per_epoch=len(parent),
         )
         dataset.total_dataset_length = len(sampler)
         return _EpochOfTrainer(sampler, self)
 
+    @property
+    def _gere_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
         """Collect the micro-batches of one optimizer step, and let the parent count the tokens of the task rows."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
-        if samples and self._gere.active:
-            rows = [RowCounts(*sample.get(ROWS, (0, 0, 0, 0))) for sample in samples]
+        if not samples or not self._gere.active:
+            return samples, items
+        if self._gere.adding:
+            step, (rank, ranks) = self.state.global_step, (self.accelerator.process_index, self._gere_ranks)
+            samples = self._gere.add_rows(
+                samples, step=step, seed=self._gere_seed, rows=self._train_batch_size, rank=rank, ranks=ranks
+            )
+        rows = [RowCounts(*sample.get(ROWS, (0, 0, 0, 0))) for sample in samples]
+        if not self._gere.adding:
             checks.require_replay(self, rows)
-            tasks = countable_tasks(samples)
-            items = _compat.count_items(self, super().get_batch_samples, tasks, *args, **kwargs)
-            divisor = len(samples) if _compat.divides_by_accumulation(self, items) else None
-            own_mean = not _compat.counts_over_ranks(self)
-            self._gere.begin_step(rows, self.accelerator.num_processes, divisor, own_mean)
+            items = _compat.count_items(self, super().get_batch_samples, countable_tasks(samples), *args, **kwargs)
+        divisor = len(samples) if _compat.divides_by_accumulation(self, items) else None
+        self._gere.begin_step(rows, self._gere_ranks, divisor, own_mean=not _compat.counts_over_ranks(self))
         return samples, items
+
+    @property
+    def _gere_ranks(self) -> int:
+        return self.accelerator.num_processes
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
         """Loss of the parent for a plain batch; for a mixed one, its parts with their shares of the step."""
@@ -163,6 +183,7 @@ class GeReMixin(_Parent):
 
     def _gere_prepare(self, resumed: bool) -> None:
         inner = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+        checks.refuse_reentrant(self, inner)
         model = ReadyModel(
             inner=inner,
             device=self.args.device,

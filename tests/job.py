@@ -169,6 +169,7 @@ def main() -> None:
         "files": anchor and {path.name: path.stat().st_mtime_ns for path in sorted(anchor.folder.iterdir())},
         "hashes": anchor and json.loads((anchor.folder / "manifest.json").read_text())["files"],
         "forwards": forwards[0],
+        "kind": trainer.accelerator.distributed_type.value,
     }
     (root / f"result-{rank}.json").write_text(json.dumps(result))
     torch.manual_seed(0)

@@ -38,7 +38,7 @@ def start(root: Path, ranks: int, job: dict, limit: int) -> list[subprocess.Pope
     for rank in range(ranks):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         if ranks > 1 or job.get("strategy", "").startswith("zero"):
-            env |= {**distributed, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+            env |= {**distributed, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             env |= {"LOCAL_WORLD_SIZE": str(ranks)}
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen(command, env=env, **pipe))

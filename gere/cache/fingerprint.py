@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from gere.cache.files import canonical_json, sha256
 from gere.ranks import ALONE, Ranks
-from gere.sharded import whole, whole_shape
+from gere.sharded import class_name, whole, whole_shape
 from gere.states import base_module
 
 FORMAT_VERSION = 1
@@ -46,7 +46,7 @@ def architecture_digest(model: nn.Module) -> str:
     causal = base_module(model)
     config = causal.config.to_dict() if hasattr(causal, "config") else {}  # type: ignore[operator, union-attr]
     content = {
-        "class": type(causal).__name__,
+        "class": class_name(causal),
         "shapes": {name: list(whole_shape(tensor)) for name, tensor in base_tensors(model).items()},
         "config": {name: config[name] for name in FORWARD_CONFIG if config.get(name) is not None},
         "rope": _rope(config),

@@ -58,6 +58,9 @@ class GeReArguments:
     gere_replay_strategy: Literal["tm", "ce", "none"] = _option(
         "tm", "tm for cross-entropy and margin, ce for cross-entropy alone, none for no replay."
     )
+    gere_replay_mode: Literal["auto", "replace", "add"] = _option(
+        "auto", "Let replay rows replace task rows of a step, or add them; auto adds where it has to."
+    )
     gere_normalization: Literal["violations", "elements"] = _option(
         "violations", "What the margin of a row is divided by: its violated elements, or all of them."
     )

@@ -66,7 +66,9 @@ def test_rows_come_in_the_order_of_the_file(tmp_path, steps):
 
 
 @pytest.mark.parametrize(
-    ("gere", "changes"), [({"replay_mode": "add"}, {}), ({}, {"streaming": True, "dataloader_num_workers": 1})], ids=["asked for", "streaming"]
+    ("gere", "changes"),
+    [({"replay_mode": "add"}, {}), ({}, {"streaming": True, "dataloader_num_workers": 1})],
+    ids=["asked for", "streaming"],
 )
 def test_rows_are_added(tmp_path, steps, gere, changes):
     run(settings(tmp_path, gere=gere, **changes))

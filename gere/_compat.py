@@ -1,11 +1,13 @@
-"""Every difference between versions of transformers, and the only place that knows them."""
+"""Every difference between versions of transformers and torch, and the only place that knows them."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch.utils.data import BatchSampler
 
@@ -95,3 +97,17 @@ def without_unused_columns(trainer: Any) -> tuple[Any, Any]:
     if hasattr(dataset, "column_names"):
         return trainer._remove_unused_columns(dataset, description="training"), collator
     return dataset, trainer._get_collator_with_removed_columns(collator, description="training")
+
+
+def can_uncompile() -> bool:
+    """Whether a compiled model can be called as if it were not, which torch 2.6 brought."""
+    return hasattr(torch.compiler, "set_stance")
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Call compiled models as if they were not, where states are read.
+
+    Code that was compiled before does not know a hook that came later. And compiled code rounds in another way than
+    the base model did when it was anchored, which would count as drift.
+    """
+    return torch.compiler.set_stance("force_eager") if can_uncompile() else nullcontext()

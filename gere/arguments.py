@@ -59,7 +59,7 @@ class GeReArguments:
         "tm", "tm for cross-entropy and margin, ce for cross-entropy alone, none for no replay."
     )
     gere_replay_mode: Literal["auto", "replace", "add"] = _option(
-        "auto", "Let replay rows replace task rows of a step, or add them; auto adds where it has to."
+        "auto", "Replay rows replace task rows of a step, or are added to them; auto adds where it has to."
     )
     gere_normalization: Literal["violations", "elements"] = _option(
         "violations", "What the margin of a row is divided by: its violated elements, or all of them."

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gere import _compat
 from gere.cache import Distilled
 from gere.collator import pad_rows
 from gere.errors import UnsupportedModelError
@@ -51,7 +52,7 @@ class BaseModel:
         batch = {name: part.to(self._device) for name, part in pad_rows(rows, self._pad_id).items()}
         ids, mask = batch["input_ids"], batch["attention_mask"]
         reader = StateReader(self._model)
-        with self._as_base(), reader.reading():
+        with _compat.uncompiled(), self._as_base(), reader.reading():
             if not self._checked:
                 self._check(reader, ids[:1], mask[:1])
             if self._head is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,3 +26,26 @@ class AnchorCallback(TrainerCallback):
     ) -> None:
         """Prepare the anchor."""
         self._prepare(state.global_step > 0)
+
+
+class NameAnchorCallback(TrainerCallback):
+    """Names the anchor in the output folder as soon as it is open.
+
+    For frameworks that save the last model past the trainer, also when they are interrupted. Without the name, a later
+    task would take the tuned model for a base.
+
+    Args:
+        name_anchor: Writes the key of the anchor into a folder.
+    """
+
+    def __init__(self, name_anchor: Callable[[Path], None]) -> None:
+        self._name_anchor = name_anchor
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the key; the trainer's own callback stands before this one."""
+        if args.should_save:
+            folder = Path(str(args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            self._name_anchor(folder)

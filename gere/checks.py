@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from gere._compat import gives_batches, parallel_sizes, uses_fsdp1
+from gere import _compat
 from gere.collator import RowCounts
 from gere.errors import ConfigError, UnsupportedSettingError
 from gere.states import is_reentrant
@@ -25,13 +25,13 @@ def refuse_settings(trainer: Any) -> None:
     known = kind in ("NO", "DEEPSPEED", "FSDP") or kind.startswith("MULTI_")
     split = bool(accelerator.dataloader_config.split_batches)
     several = bool(getattr(trainer, "is_model_parallel", False))
-    parallel = parallel_sizes(trainer)
+    parallel = _compat.parallel_sizes(trainer)
     one = "one process, DDP, DeepSpeed ZeRO or FSDP2"
     problems = (
         (args.n_gpu > 1, "nn.DataParallel", "one GPU for each process", f"{args.n_gpu} GPUs", "Start with torchrun."),
         (split, "accelerator_config.split_batches", "False", True, "Leave it out."),
         (not known, "distributed training", one, kind, "Use DDP."),
-        (uses_fsdp1(trainer), "fsdp_config", "version 2", "version 1", 'Set fsdp_config={"fsdp_version": 2}.'),
+        (_compat.uses_fsdp1(trainer), "fsdp_config", "version 2", "version 1", 'Set fsdp_config={"fsdp_version": 2}.'),
         (several, "device_map", "the whole model on one device", "a model on several", "Load it without device_map."),
         (
             bool(parallel),
@@ -39,6 +39,13 @@ def refuse_settings(trainer: Any) -> None:
             "rows that belong to one process",
             ", ".join(f"{name} {size}" for name, size in parallel.items()),
             "Set these sizes to 1; use DDP, ZeRO or FSDP2.",
+        ),
+        (
+            bool(getattr(args, "torch_compile", False)) and not _compat.can_uncompile(),
+            "torch_compile",
+            "torch 2.6 or later, which can call a compiled model as it is",
+            "an older torch",
+            "Update torch, or leave torch_compile out.",
         ),
     )
     for wrong, where, expected, found, fix in problems:
@@ -58,8 +65,7 @@ def refuse_reentrant(trainer: Any, model: nn.Module) -> None:
     width = trainer.accelerator.num_processes * trainer._train_batch_size
     rows = trainer._gere.replay_per_batch
     mixed = trainer._gere.adding or not rows or rows % width
-    wrapped = trainer.accelerator.num_processes > 1 or "DEEPSPEED" in str(trainer.accelerator.distributed_type)
-    if wrapped and mixed and is_reentrant(model):
+    if several_wrapped(trainer) and mixed and is_reentrant(model):
         ways = "" if trainer._gere.adding else f"; or make num_interpolate_per_batch a multiple of {width}"
         raise UnsupportedSettingError(
             "Reentrant checkpointing does not allow two forward passes in a micro-step on several processes.",
@@ -68,6 +74,12 @@ def refuse_reentrant(trainer: Any, model: nn.Module) -> None:
             found="use_reentrant True",
             fix=f"Set it so (LLaMA-Factory: use_reentrant_gc: false){ways}.",
         )
+
+
+def several_wrapped(trainer: Any) -> bool:
+    """Whether the model is wrapped in what takes a second backward pass through a weight for a fault."""
+    accelerator = trainer.accelerator
+    return accelerator.num_processes > 1 or "DEEPSPEED" in str(accelerator.distributed_type)
 
 
 def why_added(trainer: Any) -> str | None:
@@ -85,7 +97,7 @@ def why_added(trainer: Any) -> str | None:
 
 def why_no_row_sampler(sampler: Any) -> str | None:
     """Why the parent's sampler cannot be used row by row; `None` if it can."""
-    if sampler is None or gives_batches(sampler) or not hasattr(sampler, "__len__"):
+    if sampler is None or _compat.gives_batches(sampler) or not hasattr(sampler, "__len__"):
         return f"the sampler is a {type(sampler).__name__}, which does not give single rows in a known number"
     return None
 

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gere import _compat
 from gere.cache import Anchor, Bands, unpack
 from gere.losses import Normalization, margin_sums, next_token_ce, normalize_margin, row_weight
 from gere.states import StateReader
@@ -47,7 +48,7 @@ class ReplayObjective:
             The sum over the rows, and detached sums for the log by name.
         """
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        with reader.reading():
+        with _compat.uncompiled(), reader.reading():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             ce = next_token_ce(logits, ids, mask)
             sums = {"rows": torch.ones_like(ce.detach()), "ce": ce.detach(), "gain": ce.detach() - batch["base_ce"]}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gere.base_model import BaseModel
 from gere.cache import Anchor, BuildPlan, build_anchor, open_named, open_or_build
 from gere.cache.files import canonical_json, write_atomic
-from gere.cache.fingerprint import architecture_digest, weights_digest
+from gere.cache.fingerprint import architecture_digest, precision_of, weights_digest
 from gere.collator import MixedCollator, RowCounts
 from gere.config import GeReConfig, parse_replay_per_batch, parse_weight, require
 from gere.errors import CacheCorruptError, CacheMissingError, ConfigError, ReplaySetError
@@ -271,7 +271,7 @@ class ReplayRun:
             **weights,
             **replay.fields,
             **({"bands": bands} if self.config.replay_strategy == "tm" else {}),
-            "dtype": f"{getattr(model.inner, 'dtype', None)} weights, {model.precision}",
+            "dtype": f"{precision_of(model.inner)}, {model.precision}",
         }
 
 

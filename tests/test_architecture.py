@@ -22,7 +22,7 @@ RANKS = {
     **dict.fromkeys(["run"], 5),
     **dict.fromkeys(["callbacks"], 5),
     **dict.fromkeys(["trainer"], 6),
-    **dict.fromkeys(["integrations"], 7),
+    **dict.fromkeys(["integrations"], 8),
 }
 FORBIDDEN = {
     "arguments": {"torch", "transformers", "pathlib"},

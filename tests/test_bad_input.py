@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -14,6 +15,7 @@ from datasets import Dataset, DatasetDict
 from transformers import T5Config, T5ForConditionalGeneration, Trainer
 
 from gere import GeReConfig, GeReError, GeReTrainer, general_loss, gere_trainer
+from gere._compat import parallel_sizes
 from gere.config import parse_replay_per_batch, parse_weight
 from gere.errors import (
     CacheCorruptError,
@@ -280,25 +282,66 @@ def test_rows_that_the_model_has_no_embedding_for(make_trainer, tokenizer, gener
     refused(make_trainer(config=long), ReplaySetError, "max_length to 1024")
 
 
-@pytest.mark.parametrize("kind", ["DistributedType.DEEPSPEED", "DistributedType.FSDP"])
-def test_sharded_training_is_refused(make_trainer, kind):
-    trainer = make_trainer()
-    trainer.accelerator.state.distributed_type, kept = kind, trainer.accelerator.state.distributed_type
-    try:
-        with pytest.raises(UnsupportedSettingError, match=kind.rsplit(".")[-1]):
-            trainer.get_train_dataloader()
-    finally:
-        trainer.accelerator.state.distributed_type = kept
-
-
-def test_settings_that_do_not_go_together(make_trainer, arguments):
+def test_split_batches_is_refused(make_trainer, arguments):
     split = arguments(accelerator_config={"split_batches": True})
     refused(make_trainer(args=split), UnsupportedSettingError, "split_batches")
-    stream = Dataset.from_dict({"input_ids": [[1, 2]] * 9, "labels": [[1, 2]] * 9}).to_iterable_dataset()
-    refused(make_trainer(train_dataset=stream), UnsupportedSettingError, "train_dataset")
+
+
+def sizes(**changes):
+    return SimpleNamespace(**{"cp_size": 1, "sp_size": 1, "tp_size": 1, **changes})
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "match"),
+    [
+        ("args._n_gpu", 2, r"DataParallel[\s\S]*torchrun"),
+        ("accelerator.state.distributed_type", "DistributedType.MEGATRON_LM", "found: +MEGATRON_LM"),
+        ("accelerator.state.fsdp_plugin", SimpleNamespace(fsdp_version=1), r'fsdp_config=\{"fsdp_version": 2\}'),
+        ("is_model_parallel", True, "device_map"),
+        ("accelerator.state.parallelism_config", sizes(cp_size=2), "cp_size 2"),
+        ("accelerator.state.parallelism_config", sizes(sp_size=4), "sp_size 4"),
+        ("accelerator.state.parallelism_config", sizes(tp_size=2), "tp_size 2"),
+    ],
+)
+def test_settings_that_do_not_go_together(make_trainer, monkeypatch, place, value, match):
+    """Settings that one process on a CPU cannot have, put where accelerate keeps them."""
     trainer = make_trainer()
-    trainer.args._n_gpu = 2
-    refused(trainer, UnsupportedSettingError, "DataParallel")
+    *path, last = place.split(".")
+    holder = trainer
+    for part in path:
+        holder = getattr(holder, part)
+    monkeypatch.setattr(holder, last, value, raising=False)
+    with pytest.raises(UnsupportedSettingError, match=match):
+        trainer.get_train_dataloader()
+
+
+def test_sequence_parallelism_of_deepspeed_is_seen():
+    plugin = SimpleNamespace(deepspeed_config={"sequence_parallel_size": 2})
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(parallelism_config=None, state=state))
+    assert parallel_sizes(trainer) == {"sequence_parallel_size": 2}
+
+
+def test_reentrant_checkpointing_with_mixed_steps_of_several_processes(make_trainer, arguments, monkeypatch):
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    make_trainer(args=arguments(**settings), replay=3).train()
+    trainer = make_trainer(args=arguments(**settings), replay=3)
+    monkeypatch.setattr("gere.checks.several_wrapped", lambda trainer: True)
+    refused(trainer, UnsupportedSettingError, r"use_reentrant[\s\S]*use_reentrant_gc: false[\s\S]*a multiple of 4")
+    make_trainer(args=arguments(**settings), replay=4).train()
+    plain = {**settings, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    make_trainer(args=arguments(**plain), replay=3).train()
+    added = make_trainer(args=arguments(**settings), replay=4, config={"replay_mode": "add"})
+    refused(added, UnsupportedSettingError, "use_reentrant")
+
+
+def test_rows_that_cannot_be_added_or_replaced(make_trainer, task):
+    stream = Dataset.from_list(task).to_iterable_dataset()
+    trainer = make_trainer(train_dataset=stream, config={"replay_mode": "replace"})
+    refused(trainer, UnsupportedSettingError, r"replay_mode[\s\S]*IterableDataset")
+    refused(make_trainer(train_dataset=stream, replay=0), ConfigError, r"num_interpolate_per_batch[\s\S]*at least 1")
+    with pytest.raises(ConfigError, match="replay_mode"):
+        make_trainer(config={"replay_mode": "insert"})
 
 
 def test_errors_survive_a_worker():

@@ -62,6 +62,23 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": kind, **{name: value for name, value in rope.items() if value is not None}}
 
 
+def precision_of(model: nn.Module) -> str:
+    """Precision of the weights, and what quantized layers of bitsandbytes compute in, which no weight tells.
+
+    Example:
+        `"torch.bfloat16 weights, nf4 computed in bfloat16"`
+    """
+    causal = base_module(model)
+    weights = f"{getattr(causal, 'dtype', None)} weights"
+    quantization = getattr(getattr(causal, "config", None), "quantization_config", None) or {}
+    settings = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
+    if settings.get("load_in_4bit"):
+        return f"{weights}, {settings['bnb_4bit_quant_type']} computed in {settings['bnb_4bit_compute_dtype']}"
+    if settings.get("load_in_8bit"):
+        return f"{weights}, llm_int8 computed in float16, outliers from {settings['llm_int8_threshold']:g}"
+    return weights
+
+
 def weights_digest(model: nn.Module, ranks: Ranks = ALONE) -> str:
     """Digest of every weight and persistent buffer of the base model.
 

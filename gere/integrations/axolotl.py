@@ -1,0 +1,169 @@
+"""Axolotl with replay: a plugin that gives its trainer replay, set by the section `gere` of its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from gere.arguments import kwargs_of_section
+from gere.errors import ConfigError, GeReError, UnsupportedSettingError
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback
+
+try:
+    from axolotl.integrations.base import BasePlugin, PluginManager
+    from pydantic import BaseModel
+except ImportError as error:
+    BasePlugin = BaseModel = object
+    _missing: ImportError | None = error
+else:
+    _missing = None
+
+SECTION = "gere"
+# Axolotl counts the steps of a run by the task rows alone and packs them by a batch sampler of its own, so that no
+# task row can make room for a replay row.
+DEFAULTS = {"replay_mode": "add"}
+# Kinds of training whose batches are no rows of tokens and labels.
+REFUSED = ("rl", "reward_model", "process_reward_model")
+
+
+class GeReArgs(BaseModel):
+    """What the plugin adds to the schema of Axolotl's config.
+
+    Attributes:
+        gere: The arguments of `GeReTrainer` and the fields of `GeReConfig`.
+    """
+
+    gere: dict[str, Any] | None = None
+
+
+class GeRePlugin(BasePlugin):
+    """Replay of general texts for Axolotl's supervised fine-tuning.
+
+    Named in `plugins:` as `gere.integrations.axolotl.GeRePlugin`. It wraps the trainer class that Axolotl would take
+    without it: of another plugin, of `trainer_cls`, or its own.
+
+    Raises:
+        GeReError: If Axolotl is not installed.
+    """
+
+    def __init__(self) -> None:
+        if _missing is not None:
+            raise GeReError(
+                "Axolotl cannot be imported.",
+                where="gere.integrations.axolotl.GeRePlugin",
+                expected="axolotl.integrations.base and pydantic",
+                found=str(_missing),
+                fix="Install Axolotl into this environment; without it, use gere.GeReTrainer.",
+            ) from _missing
+        super().__init__()
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        """Check the section before anything is loaded.
+
+        Args:
+            cfg: The config as it was written.
+
+        Raises:
+            ConfigError: If there is no section `gere`, a name in it is unknown, or a value cannot be used.
+            UnsupportedSettingError: If the config asks for a kind of training without replay.
+        """
+        if self._named_in(cfg):
+            self._replay_kwargs(cfg)
+
+    def get_input_args(self) -> str:
+        """Name of the class that extends the schema of the config."""
+        return f"{GeReArgs.__module__}.{GeReArgs.__qualname__}"
+
+    def get_trainer_cls(self, cfg: Mapping[str, Any]) -> type[Trainer] | None:
+        """The trainer class with replay, its settings bound; `None` for a config that does not name the plugin.
+
+        Args:
+            cfg: The checked config.
+
+        Raises:
+            ConfigError: As `register`.
+        """
+        return _bound(self._parent(cfg), self._replay_kwargs(cfg)) if self._named_in(cfg) else None
+
+    def add_callbacks_post_trainer(self, cfg: Mapping[str, Any], trainer: Trainer) -> list[TrainerCallback]:
+        """A callback that names the anchor beside the model that Axolotl saves.
+
+        Args:
+            cfg: The checked config.
+            trainer: The trainer that Axolotl made.
+
+        Raises:
+            UnsupportedSettingError: If another plugin gave a trainer without replay.
+        """
+        if not self._named_in(cfg):
+            return []
+        from gere.callbacks import NameAnchorCallback
+        from gere.trainer import GeReMixin
+
+        if not isinstance(trainer, GeReMixin):
+            raise UnsupportedSettingError(
+                "Another plugin chose the trainer class, so that there would be no replay.",
+                where="plugins",
+                expected=f"{self._name} before every plugin that brings a trainer",
+                found=f"{type(trainer).__name__}",
+                fix="Put it first: it wraps the trainer of the others.",
+            )
+        return [NameAnchorCallback(lambda folder: trainer._gere.name_anchor(folder, trainer.model))]
+
+    @property
+    def _name(self) -> str:
+        return f"{type(self).__module__}.{type(self).__qualname__}"
+
+    def _named_in(self, cfg: Mapping[str, Any]) -> bool:
+        """Axolotl keeps plugins of earlier configs of the same process, and asks them too."""
+        return self._name in (cfg.get("plugins") or ())
+
+    def _replay_kwargs(self, cfg: Mapping[str, Any]) -> dict[str, Any]:
+        section = cfg.get(SECTION)
+        if section is None:
+            raise ConfigError(
+                "The config names the plugin of replay and has no section for it.",
+                where="the Axolotl config",
+                expected=f"{SECTION}: with settings such as num_interpolate_per_batch: 4, replay_dataset: texts.jsonl",
+                found=f"no key {SECTION}",
+                fix=f"Add the section; `{SECTION}: {{}}` takes every default. Without replay, take out the plugin.",
+            )
+        found = {name: cfg.get(name) for name in REFUSED if cfg.get(name)}
+        if found or cfg.get("model_config_type") == "mamba":
+            raise UnsupportedSettingError(
+                "Axolotl would train with a class that cannot replay.",
+                where=", ".join(found) or "model_config_type",
+                expected="supervised fine-tuning or pretraining of a causal language model",
+                found=", ".join(map(repr, found.values())) or "'mamba'",
+                fix="Take the setting out; or take out the plugin for training without replay.",
+            )
+        settings = {**DEFAULTS, **section} if isinstance(section, Mapping) else section
+        return kwargs_of_section(settings, f"section {SECTION} of the Axolotl config")
+
+    def _parent(self, cfg: Mapping[str, Any]) -> type[Trainer]:
+        """The trainer class that Axolotl would take without this plugin."""
+        from axolotl.core.trainers.base import AxolotlTrainer  # heavy, and Axolotl loads plugins before it
+        from axolotl.utils.import_helper import get_cls_from_module_str
+
+        for plugin in PluginManager.get_instance().plugins.values():
+            chosen = None if isinstance(plugin, GeRePlugin) else plugin.get_trainer_cls(cfg)
+            if chosen is not None:
+                return chosen
+        named = cfg.get("trainer_cls")
+        return get_cls_from_module_str(named) if named else AxolotlTrainer
+
+
+def _bound(parent: type[Trainer], kwargs: Mapping[str, Any]) -> type[Trainer]:
+    """A class, since Axolotl asks for its bases, whose replay arguments are set."""
+    from gere.trainer import gere_trainer
+
+    replaying: Any = gere_trainer(parent)
+
+    class Replaying(replaying):
+        def __init__(self, *args: Any, **given: Any) -> None:
+            super().__init__(*args, **{**kwargs, **given})
+
+    Replaying.__name__ = Replaying.__qualname__ = replaying.__name__
+    return Replaying

@@ -1,0 +1,132 @@
+"""QLoRA by bitsandbytes: the anchor is the quantized model with its adapter disabled. Nothing here needs a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from test_trainer import KEYS, train_logs
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("bitsandbytes")
+from transformers import BitsAndBytesConfig
+
+from gere.cache.fingerprint import architecture_digest, precision_of, weights_digest
+from gere.errors import CacheMismatchError
+
+
+def quantized(compute=torch.float32, **changes):
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute, **changes}
+    config = BitsAndBytesConfig(**settings)
+    return AutoModelForCausalLM.from_pretrained(TINY, quantization_config=config, dtype=torch.float32)
+
+
+def with_qlora(prepared=False, **changes):
+    model = quantized(**changes)
+    if prepared:
+        checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        model = prepare_model_for_kbit_training(model, **checkpointing)
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+KINDS = [{}, {"bnb_4bit_use_double_quant": True}, {"prepared": True}, {"compute": torch.bfloat16}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["nf4", "double", "prepared", "bfloat16"])
+def test_trains_against_the_quantized_base(make_trainer, arguments, kind):
+    model = with_qlora(**kind)
+    before = weights_digest(model)
+    trainer = make_trainer(model=model, args=arguments(learning_rate=1e-2, max_steps=4))
+    trainer.train()
+    logs = train_logs(trainer)
+    assert all(set(log) >= KEYS for log in logs)
+    assert logs[0]["gere/tm"] == 0.0 and logs[-1]["gere/tm"] > 0
+    assert abs(logs[0]["gere/forgetting"]) < 1e-5 < abs(logs[-1]["gere/forgetting"])
+    assert weights_digest(model) == before
+
+
+def test_a_trained_adapter_still_means_the_quantized_base(make_trainer):
+    model = with_qlora()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    trained, fresh = make_trainer(model=model), make_trainer(model=with_qlora())
+    trained.train()
+    fresh.train()
+    assert train_logs(trained)[0]["gere/tm"] > 0 and train_logs(fresh)[0]["gere/tm"] == 0.0
+    assert trained._gere.anchor.key == fresh._gere.anchor.key
+
+
+def test_digests_see_through_the_adapter_and_a_saved_copy(tmp_path):
+    base, wrapped = quantized(), with_qlora()
+    base.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert weights_digest(base) == weights_digest(wrapped) == weights_digest(saved)
+    assert architecture_digest(base) == architecture_digest(wrapped) == architecture_digest(saved)
+    assert precision_of(base) == precision_of(wrapped) == precision_of(saved)
+
+
+def test_digest_is_the_same_in_another_process():
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_qlora as t;"
+        "print(t.weights_digest(t.quantized()), end='')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == weights_digest(quantized())
+
+
+def test_the_next_run_opens_the_anchor(make_trainer, tmp_path, monkeypatch):
+    first = make_trainer(model=with_qlora())
+    first.train()
+    monkeypatch.setattr("gere.run.build_anchor", None)
+    second = make_trainer(model=with_qlora())
+    second.train()
+    assert second._gere.anchor.key == first._gere.anchor.key
+    assert train_logs(second)[0]["gere/tm"] == 0.0
+
+
+CHANGES = [
+    ({"bnb_4bit_use_double_quant": True}, "architecture, weights"),
+    ({"bnb_4bit_quant_type": "fp4"}, "weights"),
+    ({"compute": torch.bfloat16}, r"dtype[\s\S]*nf4 computed in bfloat16[\s\S]*nf4 computed in float32"),
+    ({"load_in_4bit": False, "load_in_8bit": True}, "architecture, weights"),
+]
+
+
+@pytest.mark.parametrize(("kind", "reason"), CHANGES, ids=["double", "fp4", "bfloat16", "int8"])
+def test_another_quantization_is_refused_by_name(make_trainer, kind, reason):
+    make_trainer(model=with_qlora()).train()
+    with pytest.raises(CacheMismatchError, match=reason):
+        make_trainer(model=with_qlora(**kind)).train()
+
+
+def test_resume_is_bit_for_bit(make_trainer, arguments, tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
+    whole = make_trainer(model=with_qlora(), args=arguments(**settings))
+    whole.train()
+    resumed = make_trainer(model=with_qlora(), args=arguments(**settings))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    names = ("step", "loss", "grad_norm", *sorted(KEYS))
+    expected = [[log[name] for name in names] for log in train_logs(whole)]
+    assert [[log[name] for name in names] for log in train_logs(resumed)] == expected
+    assert resumed._gere.anchor.key == whole._gere.anchor.key
+
+
+def test_8_bits_train_too_but_round_differently_on_a_cpu(make_trainer):
+    trainer = make_trainer(model=with_qlora(load_in_4bit=False, load_in_8bit=True))
+    trainer.train()
+    assert 0 < train_logs(trainer)[0]["gere/tm"] < 0.01  # bitsandbytes quantizes the inputs in eval mode alone
+
+
+def test_the_name_of_a_precision():
+    assert precision_of(quantized()) == "torch.float32 weights, nf4 computed in float32"
+    assert precision_of(with_qlora(compute=torch.bfloat16)) == "torch.float32 weights, nf4 computed in bfloat16"
+    eight = quantized(load_in_4bit=False, load_in_8bit=True)
+    assert precision_of(eight) == "torch.float32 weights, llm_int8 computed in float16, outliers from 6"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
+import yaml
+from conftest import ROOT
 
 from gere.errors import ConfigError, GeReError, UnsupportedSettingError
 from gere.integrations.llamafactory import run
+from gere.integrations.llamafactory_config import split_config
 from gere.integrations.torchrun import torchrun_options, worker_environment
 
 SECTION = {"replay_strategy": "ce"}
@@ -40,35 +41,6 @@ def test_ways_around_the_trainer_are_refused(monkeypatch, name):
     monkeypatch.setenv(name, "1")
     with pytest.raises(UnsupportedSettingError, match=name):
         run({"gere": SECTION})
-
-
-@pytest.mark.parametrize(
-    ("replay", "changes", "refused"),
-    [
-        (3, {}, True),
-        (None, {}, True),
-        (4, {}, False),
-        (8, {}, False),
-        (3, {"use_reentrant_gc": False}, False),
-        (3, {"disable_gradient_checkpointing": True}, False),
-        (4, {"per_device_train_batch_size": 4}, True),
-    ],
-)
-def test_reentrant_checkpointing_of_mixed_micro_steps_on_two_ranks(monkeypatch, replay, changes, refused):
-    trained = []
-    tuner = SimpleNamespace(run_exp=lambda settings, callbacks: trained.append(settings))
-    monkeypatch.setattr("gere.integrations.llamafactory.needed", lambda name: tuner)
-    monkeypatch.setattr("gere.integrations.llamafactory._replay_in", lambda *_: nullcontext())
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    config = {"per_device_train_batch_size": 2, **changes, "gere": {**SECTION, "num_interpolate_per_batch": replay}}
-    if refused:
-        with pytest.raises(UnsupportedSettingError, match="use_reentrant_gc: false"):
-            run(config)
-    else:
-        run(config)
-    assert bool(trained) != refused
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    run(config)
 
 
 def test_without_llamafactory_it_says_so():
@@ -121,3 +93,11 @@ def test_importing_it_imports_nothing_heavy():
     script = f"import sys, gere.integrations.llamafactory; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == ""
+
+
+def test_the_section_of_the_document_is_one():
+    document = (ROOT / "docs" / "llamafactory.md").read_text(encoding="utf-8")
+    block = yaml.safe_load(document.split("```yaml\n")[1].split("```")[0])
+    _, stage, kwargs = split_config({**block, "stage": "pt"}, "the document")
+    assert stage == "pt" and kwargs["num_interpolate_per_batch"] == 4 and kwargs["w_strategy"] == "dy"
+    assert kwargs["gere_config"].replay_dataset == "general.jsonl"

@@ -17,7 +17,6 @@ from gere.integrations.llamafactory_config import (
     STAGES,
     needed,
     read_config,
-    refuse_lost_gradients,
     split_config,
 )
 from gere.integrations.torchrun import enabled, is_worker, torchrun_options, worker_environment
@@ -40,7 +39,6 @@ def run(config: Mapping[str, Any], callbacks: Sequence[Any] | None = None) -> No
         >>> run({"stage": "sft", "dataset": "yelp", "gere": {"num_interpolate_per_batch": 4}})  # doctest: +SKIP
     """
     settings, stage, kwargs = split_config(config, f"config, section {SECTION}")
-    refuse_lost_gradients(settings, kwargs)
     run_exp = needed("llamafactory.train.tuner").run_exp
     with _replay_in(stage, kwargs):
         run_exp(settings, list(callbacks or []))

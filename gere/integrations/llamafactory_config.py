@@ -10,7 +10,7 @@ from typing import Any
 
 from gere.arguments import kwargs_of_section
 from gere.errors import ConfigError, GeReError, UnsupportedSettingError
-from gere.integrations.torchrun import enabled, ranks
+from gere.integrations.torchrun import enabled
 
 SECTION = "gere"
 # Where each stage looks up its trainer class when it runs.
@@ -80,32 +80,6 @@ def split_config(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
             fix=f"Change it; or take out the section {SECTION} and use llamafactory-cli for training without replay.",
         )
     return settings, stage, kwargs_of_section(config[SECTION], where)
-
-
-def refuse_lost_gradients(settings: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse two forwards in one micro-step under DDP and reentrant checkpointing, which LLaMA-Factory turns on.
-
-    torch stops full fine-tuning there; with LoRA it goes on, with a gradient that is not the sum of both parts.
-
-    Args:
-        settings: LLaMA-Factory's settings.
-        kwargs: Keyword arguments of `GeReTrainer`.
-
-    Raises:
-        UnsupportedSettingError: Naming the setting.
-    """
-    width = ranks() * int(settings.get("per_device_train_batch_size", 8))
-    replay = kwargs.get("num_interpolate_per_batch") or 0
-    off = settings.get("disable_gradient_checkpointing") or not settings.get("use_reentrant_gc", True)
-    if ranks() == 1 or off or kwargs["gere_config"].replay_strategy == "none" or (replay and replay % width == 0):
-        return
-    raise UnsupportedSettingError(
-        "Task rows and replay rows would meet in one micro-step under reentrant gradient checkpointing.",
-        where="use_reentrant_gc",
-        expected=f"false, or num_interpolate_per_batch a multiple of {width}, processes x per_device_train_batch_size",
-        found=f"true, and {replay} replay rows in a step",
-        fix="Add use_reentrant_gc: false to the config.",
-    )
 
 
 def needed(name: str) -> Any:

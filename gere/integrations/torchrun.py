@@ -16,11 +16,6 @@ def is_worker() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
-def ranks() -> int:
-    """Processes of the run that this one belongs to."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def torchrun_options(environ: Mapping[str, str], devices: int, free_port: int) -> list[str]:
     """Options of `torchrun`.
 

@@ -15,6 +15,7 @@ from gere import GeReMixin
 from gere.errors import ConfigError
 from gere.integrations.llamafactory import run
 from gere.integrations.llamafactory_config import STAGES
+from gere.states import is_reentrant
 
 EVALUATED = {"val_size": 16, "do_eval": True, "eval_strategy": "steps", "eval_steps": 10}
 GENERATED = {"predict_with_generate": True, "max_new_tokens": 3, "per_device_eval_batch_size": 4}
@@ -44,6 +45,7 @@ def steps(monkeypatch):
 def test_replay_in_every_step(tmp_path, steps, changes):
     run(settings(tmp_path, **changes))
     require_rows(steps, 8 - REPLAY, REPLAY)
+    assert is_reentrant(steps[0]["trainer"].model) == ("disable_gradient_checkpointing" not in changes)
     logs = train_logs(tmp_path / "out")
     assert len(logs) == STEPS and all(set(log) >= KEYS for log in logs)
     assert logs[0]["gere/tm"] == logs[0]["gere/violations"] == 0.0 < logs[-1]["gere/tm"]
@@ -61,6 +63,17 @@ def test_rows_come_in_the_order_of_the_file(tmp_path, steps):
     run(settings(tmp_path, disable_shuffling=True))
     require_rows(steps, 8 - REPLAY, REPLAY)
     require_order(steps)
+
+
+@pytest.mark.parametrize(
+    ("gere", "changes"),
+    [({"replay_mode": "add"}, {}), ({}, {"streaming": True, "dataloader_num_workers": 1})],
+    ids=["asked for", "streaming"],
+)
+def test_rows_are_added(tmp_path, steps, gere, changes):
+    run(settings(tmp_path, gere=gere, **changes))
+    require_rows(steps, 8, REPLAY)
+    assert train_logs(tmp_path / "out")[0]["gere/tm"] == 0.0
 
 
 def test_without_replay_it_is_llamafactory_bit_for_bit(tmp_path):

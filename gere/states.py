@@ -92,13 +92,18 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def is_reentrant(model: nn.Module) -> bool:
-    """Whether a module of the model recomputes its activations by reentrant checkpointing."""
+    """Whether a module of the model recomputes its activations by reentrant checkpointing.
+
+    A function that does not say is taken for reentrant, which is how others than torch's own are made.
+    """
     for module in model.modules():
         function: Any = getattr(module, "_gradient_checkpointing_func", None)
-        while function is not None and getattr(module, "gradient_checkpointing", False):
-            if getattr(function, "keywords", {}).get("use_reentrant"):
-                return True
-            function = getattr(function, "__wrapped__", None)
+        if function is None or not getattr(module, "gradient_checkpointing", False):
+            continue
+        while hasattr(function, "__wrapped__") and not hasattr(function, "keywords"):
+            function = function.__wrapped__
+        if getattr(function, "keywords", {}).get("use_reentrant", True):
+            return True
     return False
 
 

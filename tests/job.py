@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback,
 
 from gere import GeReConfig, GeReTrainer
 from gere.base_model import BaseModel
+from gere.cache.distil import Part
 from gere.collator import REPLAY, ROWS, TASK
 
 DEFAULTS = {
@@ -148,14 +149,19 @@ def watch_the_build(job: dict, rank: int) -> list[int]:
 
     def watched(self, rows):
         calls.append(rows)
-        if job["fail_rank"] == rank and len(calls) > 4:
+        if job["fail_rank"] == rank and job["strategy"] == "ddp" and len(calls) > 4:
             raise OSError("the disk of this rank is gone")
         time.sleep(job["slow"])
         result = original(self, rows)
         rows_done[0] += len(rows)
         return result
 
+    def broken(self, *args):
+        raise OSError("the disk of this rank is gone")
+
     BaseModel.__call__ = watched
+    if job["fail_rank"] == rank and job["strategy"] != "ddp":
+        Part.take = broken
     return rows_done
 
 

@@ -49,8 +49,8 @@ def test_exactly_k_replay_rows_in_every_step(make_trainer, arguments, task, gene
     trainer = make_trainer(args=arguments(max_steps=-1, num_train_epochs=2), replay=replay)
     begin = trainer._gere.begin_step
 
-    def watch(rows, *rest):
-        begin(rows, *rest)
+    def watch(*rest, **named):
+        begin(*rest, **named)
         shares.append(trainer._gere.share[:2])
 
     monkeypatch.setattr(trainer._gere, "begin_step", watch)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 from gere.cache.codec import PER_BYTE
 from gere.cache.files import require_space, sha256
 from gere.cache.parts import load_part, read_part, store_part
-from gere.cache.plan import BuildPlan, Distil
+from gere.cache.plan import BuildPlan, Distil, Distilled
 from gere.cache.shares import deal
 from gere.errors import NonFiniteStateError
 from gere.ranks import Ranks
@@ -47,15 +48,15 @@ def measure_noise(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) 
     if stored is not None:
         return stored["noise"]
 
-    def measure() -> Tensor:
+    def measure() -> tuple[Tensor, int]:
         padded = distil([*rows, longest]).state
         alone = [distil([row]).state[0, : len(row)].float().cpu() for row in rows]
         change = [(padded[i, : len(row)].float().cpu() - alone[i]).abs() for i, row in enumerate(rows)]
-        need = sum(map(len, plan.rows)) * padded.shape[-1] * (padded.element_size() + 1 / PER_BYTE)
-        require_space(partial, int(need))
-        return torch.cat(change).amax(dim=0)
+        return torch.cat(change).amax(dim=0), padded.element_size()
 
-    noise = ranks.gather(ranks.together(measure))[0]
+    noise, size = ranks.gather(measure() if ranks.lockstep else ranks.together(measure))[0]
+    need = sum(map(len, plan.rows)) * len(noise) * (size + 1 / PER_BYTE)
+    ranks.together(lambda: require_space(partial, int(need)))
     ranks.together(lambda: store_part(path, {"noise": noise}, tag) if ranks.index == 0 else None)
     return noise
 
@@ -75,6 +76,8 @@ class Part:
         self.batches = batches
         self.tokens = sum(len(plan.rows[row]) for batch in batches for row in batch)
         self.path = partial / f"part-{number:05d}.safetensors"
+        self._ce: list[Tensor] = []
+        self._state: list[Tensor] = []
         self.tag = sha256(repr([[plan.rows[row] for row in batch] for batch in batches]).encode())
 
     def is_stored(self) -> bool:
@@ -85,21 +88,18 @@ class Part:
         """Its `row`, `ce` and, for regions, `state`; errors as in `load_part`."""
         return read_part(self.path, self.tag)
 
-    def distil(self, plan: BuildPlan, distil: Distil) -> Iterator[int]:
-        """Run the model batch by batch, yielding the tokens of each; the last one writes the file."""
-        states, losses = [], []
-        for number, batch in enumerate(self.batches):
-            rows = [plan.rows[row] for row in batch]
-            state, ce = distil(rows)
-            _require_finite(state, ce, batch)
-            losses.append(ce.float().cpu())
-            if plan.keep_regions:
-                states += [state[i, : len(row)].cpu() for i, row in enumerate(rows)]
-            if number == len(self.batches) - 1:
-                index = torch.tensor([row for batch in self.batches for row in batch], dtype=torch.int64)
-                tensors = {"row": index, "ce": torch.cat(losses)}
-                store_part(self.path, {**tensors, "state": torch.cat(states)} if states else tensors, self.tag)
-            yield sum(map(len, rows))
+    def take(self, batch: list[int], output: Distilled, plan: BuildPlan) -> None:
+        """Keep what the model said about a batch; with the last one the file is written."""
+        state, ce = output
+        _require_finite(state, ce, batch)
+        self._ce.append(ce.float().cpu())
+        if plan.keep_regions:
+            self._state += [state[i, : len(plan.rows[row])].cpu() for i, row in enumerate(batch)]
+        if len(self._ce) == len(self.batches):
+            index = torch.tensor([row for batch in self.batches for row in batch], dtype=torch.int64)
+            tensors = {"row": index, "ce": torch.cat(self._ce)}
+            store_part(self.path, {**tensors, "state": torch.cat(self._state)} if self._state else tensors, self.tag)
+            self._ce, self._state = [], []
 
 
 def distil_parts(parts: Sequence[Part], plan: BuildPlan, distil: Distil, ranks: Ranks, *, progress: bool) -> list[int]:
@@ -121,22 +121,33 @@ def distil_parts(parts: Sequence[Part], plan: BuildPlan, distil: Distil, ranks: 
     """
     owners, stored = deal(ranks.together(lambda: [part.is_stored() for part in parts]), ranks)
     missing = [(part, owner) for part, owner, there in zip(parts, owners, stored, strict=True) if not there]
-    mine = itertools.chain.from_iterable(part.distil(plan, distil) for part, owner in missing if owner == ranks.index)
-    rounds = [sum(len(part.batches) for part, owner in missing if owner == rank) for rank in range(ranks.count)]
-    shortest = min(plan.rows, key=len)
-
-    def one_batch() -> int:
-        tokens = next(mine, None)
-        if tokens is None and ranks.lockstep:
-            distil([shortest])  # the others wait for this rank's part of the weights
-        return tokens or 0
-
-    total = sum(part.tokens for part in parts)
-    left = sum(part.tokens for part, _ in missing)
+    queues = [
+        [(part, batch) for part, owner in missing if owner == rank for batch in part.batches]
+        for rank in range(ranks.count)
+    ]
+    spare = [min(range(len(plan.rows)), key=lambda row: len(plan.rows[row]))]
+    total, left = (sum(part.tokens for part in some) for some in (parts, [part for part, _ in missing]))
     with tqdm(total=total, initial=total - left, unit="tok", desc="anchor", disable=not progress) as bar:
-        for _ in range(max(rounds)):
-            bar.update(sum(ranks.gather(ranks.together(one_batch))))
+        for turn in itertools.zip_longest(*queues):
+            part, batch = turn[ranks.index] or (None, spare)
+            output = _call(ranks, distil, [plan.rows[row] for row in batch], needed=part is not None)
+            ranks.together(functools.partial(part.take, batch, output, plan) if part and output else _nothing)
+            bar.update(sum(len(plan.rows[row]) for step in turn if step for row in step[1]))
     return owners
+
+
+def _call(ranks: Ranks, distil: Distil, rows: Sequence[Sequence[int]], *, needed: bool) -> Distilled | None:
+    """Run the model; where its weights are spread, a rank without rows of its own runs it for the others.
+
+    There, a failure cannot be told to the others, which wait inside their forward pass: it ends this process.
+    """
+    if ranks.lockstep:
+        return distil(rows)
+    return ranks.together(lambda: distil(rows) if needed else None)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _require_finite(state: Tensor, ce: Tensor, batch: list[int]) -> None:

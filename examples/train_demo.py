@@ -1,6 +1,7 @@
 """Fine-tune one model twice, by `Trainer` and by `GeReTrainer`, and compare what is left of its general ability.
 
     python examples/train_demo.py
+    bash run_multi_gpu.sh --nproc 2 --cpu
     python examples/train_demo.py --model FOLDER --task-file task.jsonl --replay-file general.jsonl \
         --heldout-file heldout.jsonl
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 from gere import GeReConfig, GeReTrainer, general_loss
 
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "base_llms" / "llama-tiny-random"
 Rows = list[dict[str, Any]]
+Table = list[tuple[str, float, float, float]]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,6 +51,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--bf16", action="store_true", help="train under bfloat16 autocast")
     add("--seed", type=int, default=0)
     add("--out", default=None, help="folder for the anchor and the trainers' files")
+    add("--cpu", action="store_true", help="use the CPU")
+    add("--deepspeed", default=None, help="DeepSpeed config; run_multi_gpu.sh sets it")
+    add("--fsdp2", action="store_true", help="shard the model by FSDP2; run_multi_gpu.sh sets it")
     add(
         "--warm-up-steps",
         type=int,
@@ -88,7 +95,7 @@ def arguments(options: argparse.Namespace, folder: Path, **changes: Any) -> Trai
         "output_dir": str(folder),
         "max_steps": options.steps,
         "per_device_train_batch_size": options.micro_batch_size,
-        "gradient_accumulation_steps": max(1, options.batch_size // options.micro_batch_size),
+        "gradient_accumulation_steps": max(1, options.batch_size // (options.micro_batch_size * RANKS)),
         "per_device_eval_batch_size": options.micro_batch_size,
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": "cosine",
@@ -97,10 +104,32 @@ def arguments(options: argparse.Namespace, folder: Path, **changes: Any) -> Trai
         "save_strategy": "no",
         "report_to": [],
         "bf16": options.bf16,
+        "use_cpu": options.cpu,
+        "save_on_each_node": True,
+        "ddp_find_unused_parameters": False,
         "seed": options.seed,
         "remove_unused_columns": False,
     }
     return TrainingArguments(**{**settings, **changes})
+
+
+def sharding(options: argparse.Namespace) -> dict[str, Any]:
+    """Training arguments that spread the model over processes."""
+    if options.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo" if options.cpu else None)
+        return {"deepspeed": options.deepspeed}
+    if options.fsdp2:
+        return {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}}
+    return {}
+
+
+def end_processes() -> None:
+    """End together; a process group that is left to the interpreter's shutdown can abort it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def warm_up(options: argparse.Namespace, tokenizer: Any, texts: list[str], out: Path) -> str:
@@ -116,10 +145,11 @@ def warm_up(options: argparse.Namespace, tokenizer: Any, texts: list[str], out: 
     trainer = Trainer(load(options.model, tokenizer), args, collator, rows, processing_class=tokenizer)
     trainer.train()
     trainer.save_model(str(out / "warm-up" / "model"))
+    trainer.accelerator.wait_for_everyone()
     return str(out / "warm-up" / "model")
 
 
-def table(rows: list[tuple[str, float, float, float]], before: tuple[float, float]) -> str:
+def table(rows: Table, before: tuple[float, float]) -> str:
     head = f"{'':<14}{'task loss':>12}{'general loss':>14}{'forgetting':>12}{'seconds':>10}"
     lines = [head, "-" * len(head), f"{'base model':<14}{before[0]:>12.3f}{before[1]:>14.3f}{'':>12}{'':>10}"]
     for name, task, general, seconds in rows:
@@ -129,7 +159,8 @@ def table(rows: list[tuple[str, float, float, float]], before: tuple[float, floa
 
 def main() -> None:
     options = parse_arguments()
-    out = Path(options.out or tempfile.mkdtemp(prefix="gere-demo-"))
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")  # the processes of one machine share a folder
+    out = Path(options.out or (Path(tempfile.gettempdir()) / f"gere-demo-{run}" if run else tempfile.mkdtemp()))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     replay = [row["text"] for row in read(options.replay_file, options.replay_rows)]
@@ -146,8 +177,12 @@ def main() -> None:
     def general(model: Any) -> float:
         return general_loss(model, tokenizer, heldout, max_length=options.replay_length)
 
+    plain = Trainer(
+        load(base, tokenizer), arguments(options, out), DataCollatorForSeq2Seq(tokenizer), eval_dataset=dev
+    )
+    before = plain.evaluate()["eval_loss"], general(plain.model)
+    spread = sharding(options)
     rows = []
-    before = None
     for kind in (Trainer, GeReTrainer):
         name = kind.__name__
         extra: dict[str, Any] = {}
@@ -160,20 +195,25 @@ def main() -> None:
             }
         trainer = kind(
             model=load(base, tokenizer),
-            args=arguments(options, out / name),
+            args=arguments(options, out / name, **spread),
             data_collator=DataCollatorForSeq2Seq(tokenizer),
             train_dataset=train,
             eval_dataset=dev,
             processing_class=tokenizer,
             **extra,
         )
-        before = before or (trainer.evaluate()["eval_loss"], general(trainer.model))
         seconds = trainer.train().metrics["train_runtime"]
         rows.append((name, trainer.evaluate()["eval_loss"], general(trainer.model), seconds))
+    if trainer.is_world_process_zero():
+        show(options, rows, before, len(train), len(replay))
+    end_processes()
+
+
+def show(options: argparse.Namespace, rows: Table, before: tuple[float, float], train: int, replay: int) -> None:
     shown = f"{options.steps} steps of {options.batch_size} rows, learning rate {options.learning_rate:g}"
     print(
-        f"\n{Path(options.model).name}: {shown}, {len(train)} task rows; GeReTrainer replays "
-        f"{options.replay_per_batch} of {len(replay)} general texts a step, w_strategy {options.w_strategy}\n"
+        f"\n{Path(options.model).name}: {shown}, {train} task rows, {RANKS} process(es); GeReTrainer replays "
+        f"{options.replay_per_batch} of {replay} general texts a step, w_strategy {options.w_strategy}\n"
     )
     print(table(rows, before))
     print("\nforgetting = loss on held-out general text after training - before")

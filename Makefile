@@ -16,8 +16,9 @@ test: $(TEST)/.ready
 test-slow: $(TEST)/.ready
 	$(TEST)/bin/python $(PYTEST) -m slow $(ARGS)
 
-test-matrix: $(TEST)/.ready $(OLDEST)/.ready
+test-matrix: $(TEST)/.ready $(OLDEST)/.ready $(LLAMAFACTORY)/.ready
 	$(OLDEST)/bin/python $(PYTEST) -m "not slow" $(ARGS)
+	$(LLAMAFACTORY)/bin/python $(PYTEST) -m "not slow" $(ARGS)
 	$(TEST)/bin/python $(PYTEST) -m "not slow" $(ARGS)
 
 test-llamafactory: $(LLAMAFACTORY)/.ready

@@ -2,53 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from gere.base_model import BaseModel
-from gere.cache import Anchor, BuildPlan, build_anchor, open_named, open_or_build
-from gere.cache.files import canonical_json, write_atomic
-from gere.cache.fingerprint import architecture_digest, precision_of, weights_digest
+from gere.anchoring import AnchorWish, ReadyModel, find_anchor, loaded_key, read_key, write_key
+from gere.cache import Anchor
 from gere.collator import MixedCollator, RowCounts
 from gere.config import GeReConfig, parse_replay_per_batch, parse_weight, require
-from gere.errors import CacheCorruptError, CacheMissingError, ConfigError, ReplaySetError
+from gere.errors import ReplaySetError
 from gere.meters import Meters
 from gere.objective import ReplayObjective, StepShare
 from gere.ranks import ALONE, Ranks
 from gere.replay import ReplaySet, load_replay_set
 from gere.sampler import added_rows
-from gere.sharded import whole_shape
 from gere.states import StateReader
 
-ANCHOR_FILE = "gere_anchor.json"
 logger = logging.getLogger("gere")
-
-
-class ReadyModel(NamedTuple):
-    """The model as the trainer prepared it.
-
-    Attributes:
-        inner: The model without its distributed wrapper, which one process can call alone.
-        device: Where it is.
-        autocast: Makes the context in which training computes.
-        precision: Precision of training, such as `"mixed precision bf16"`.
-        fresh: Whether the trainer made the model anew for this training.
-        ranks: The processes of the run.
-    """
-
-    inner: nn.Module
-    device: torch.device
-    autocast: Callable[[], AbstractContextManager[Any]]
-    precision: str
-    fresh: bool
-    ranks: Ranks
 
 
 class ReplayRun:
@@ -168,9 +141,9 @@ class ReplayRun:
             CacheError: If the anchor is missing, damaged, or belongs to something else.
         """
         replay = self.replay_set(tokenizer)
-        _require_fit(model.inner, replay)
         if self.anchor is None or resumed or model.fresh:
-            self.anchor = self._resolve(model, replay, resumed, progress)
+            wish = AnchorWish(self.folder, self.reuse, self.config, self.checkpoint)
+            self.anchor = find_anchor(wish, model, replay, resumed=resumed, progress=progress)
         self.meters = Meters()
         self._objective = ReplayObjective(self.w_strategy, self.config.normalization, self.anchor)
         self._reader = StateReader(model.inner)
@@ -209,70 +182,9 @@ class ReplayRun:
 
     def name_anchor(self, folder: Path, model: Any) -> None:
         """Write the key of the anchor beside a saved model; training without replay hands on what it was given."""
-        key = self.anchor.key if self.anchor is not None else _read_key(self.checkpoint) or _loaded_key(model)
+        key = self.anchor.key if self.anchor is not None else read_key(self.checkpoint) or loaded_key(model)
         if key is not None:
-            write_atomic(folder / ANCHOR_FILE, canonical_json({"format_version": 1, "anchor": key}))
-
-    def _resolve(self, model: ReadyModel, replay: ReplaySet, resumed: bool, progress: bool) -> Anchor:
-        key = model.ranks.gather(model.ranks.together(lambda: self._named_key(model, resumed)))[0]
-        fields = self._fields(model, replay, weights_moved=key is not None)
-        if key is not None:
-            return open_named(self.folder, key, fields, model.ranks)
-        if resumed:
-            raise CacheMissingError(
-                "Training resumes from a checkpoint that names no anchor, and its model cannot be anchored any more.",
-                where=self.checkpoint,
-                expected=f"{ANCHOR_FILE}, which GeReTrainer writes into every checkpoint",
-                found="a checkpoint of another trainer, or of GeReTrainer without replay",
-                fix="Start from the base model, or set gere_config.anchor to the key of its anchor.",
-            )
-
-        def build(folder: Path) -> None:
-            base = BaseModel(model.inner, replay.pad_id, model.device, model.autocast, whole=model.ranks.lockstep)
-            build_anchor(folder, self._plan(fields, replay), base, ranks=model.ranks, progress=progress)
-
-        return open_or_build(self.folder, fields, build, reuse=self.reuse, ranks=model.ranks)
-
-    def _plan(self, fields: Mapping[str, str], replay: ReplaySet) -> BuildPlan:
-        return BuildPlan(
-            fields=fields,
-            rows=replay.rows,
-            keep_regions=self.config.replay_strategy == "tm",
-            band_width=self.config.band_width,
-            std_floor=self.config.std_floor,
-            batch_tokens=self.config.anchor_batch_tokens,
-        )
-
-    def _named_key(self, model: ReadyModel, resumed: bool) -> str | None:
-        """Key that the user, the checkpoint or the folder of the loaded model names."""
-        if self.config.anchor != "auto":
-            return self.config.anchor.removeprefix("anchor-")
-        if resumed:
-            return _read_key(self.checkpoint)
-        key = _loaded_key(model.inner)
-        if key is not None and not self.reuse:
-            raise ConfigError(
-                "This model was tuned from another one, whose anchor its folder names; it would become a base itself.",
-                where="reuse_gere_hidden_state",
-                expected=f"True, to use the anchor {key}",
-                found="False",
-                fix=f"Leave it out; or, to make this model a base of its own, delete {ANCHOR_FILE} from its folder.",
-            )
-        return key
-
-    def _fields(self, model: ReadyModel, replay: ReplaySet, *, weights_moved: bool) -> dict[str, str]:
-        """What the anchor depends on, in the order in which a difference is reported."""
-        bands = f"mean +- {self.config.band_width:g} std, floor {self.config.std_floor:g}"
-        weights = {} if weights_moved else {"weights": weights_digest(model.inner, model.ranks)}
-        kept = {"tm": "regions of the last layer", "ce": "losses only"}[self.config.replay_strategy]
-        return {
-            "strategy": kept,
-            "architecture": architecture_digest(model.inner),
-            **weights,
-            **replay.fields,
-            **({"bands": bands} if self.config.replay_strategy == "tm" else {}),
-            "dtype": f"{precision_of(model.inner)}, {model.precision}",
-        }
+            write_key(folder, key)
 
 
 def _require_same_texts(fields: Sequence[Mapping[str, str]]) -> None:
@@ -287,46 +199,3 @@ def _require_same_texts(fields: Sequence[Mapping[str, str]]) -> None:
                 found=f"others on rank {rank} than on rank 0",
                 fix="Copy the file of rank 0 to the other machines.",
             )
-
-
-def _require_fit(model: Any, replay: ReplaySet) -> None:
-    """Refuse tokens or lengths that the model has no embedding for, before it fails on the device."""
-    vocabulary = whole_shape(model.get_input_embeddings().weight)[0]
-    largest, longest = max(map(max, replay.rows)), max(map(len, replay.rows))
-    positions = getattr(model.config, "max_position_embeddings", None) or longest
-    checks = (
-        ("token ids", largest, vocabulary - 1, "Resize the embeddings, or pass the model's own tokenizer."),
-        ("tokens in a row", longest, positions, f"Set gere_config.max_length to {positions} or less."),
-    )
-    for what, found, most, fix in checks:
-        if found > most:
-            raise ReplaySetError(
-                "The replay rows do not fit the model.",
-                where=f"{what} of gere_config.replay_dataset",
-                expected=f"at most {most}",
-                found=found,
-                fix=fix,
-            )
-
-
-def _loaded_key(model: Any) -> str | None:
-    """Key in the folder that a model was loaded from."""
-    loaded_from = getattr(getattr(model, "config", None), "_name_or_path", "")
-    return _read_key(Path(loaded_from)) if loaded_from else None
-
-
-def _read_key(folder: Path | None) -> str | None:
-    """Key in the anchor file of a checkpoint or model folder; `None` if there is no such file."""
-    path = folder / ANCHOR_FILE if folder is not None else None
-    if path is None or not path.is_file():
-        return None
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["anchor"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CacheCorruptError(
-            "The file that names the anchor cannot be read.",
-            where=path,
-            expected='a JSON object with the key "anchor"',
-            found=f"{type(error).__name__}: {error}",
-            fix="Restore the file, or set gere_config.anchor to the key of the anchor.",
-        ) from error

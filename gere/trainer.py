@@ -13,10 +13,11 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from gere import _compat, checks
+from gere.anchoring import ReadyModel
 from gere.callbacks import AnchorCallback
 from gere.collator import REPLAY, ROWS, TASK, MixedDataset, RowCounts, countable_tasks
 from gere.config import GeReConfig, require
-from gere.run import ReadyModel, ReplayRun
+from gere.run import ReplayRun
 from gere.sampler import BatchInsertionSampler, parent_order
 from gere.sharded import is_sharded
 from gere.states import refuse_unanchorable

@@ -19,9 +19,9 @@ RANKS = {
     **dict.fromkeys(["arguments", "cache"], 2),
     **dict.fromkeys(["replay", "collator"], 3),
     **dict.fromkeys(["base_model", "checks", "evaluation", "objective"], 4),
-    **dict.fromkeys(["run"], 5),
-    **dict.fromkeys(["callbacks"], 5),
-    **dict.fromkeys(["trainer"], 6),
+    **dict.fromkeys(["anchoring"], 5),
+    **dict.fromkeys(["run", "callbacks"], 6),
+    **dict.fromkeys(["trainer"], 7),
     **dict.fromkeys(["integrations"], 8),
 }
 FORBIDDEN = {

@@ -85,7 +85,7 @@ def test_digest_is_the_same_in_another_process():
 def test_the_next_run_opens_the_anchor(make_trainer, tmp_path, monkeypatch):
     first = make_trainer(model=with_qlora())
     first.train()
-    monkeypatch.setattr("gere.run.build_anchor", None)
+    monkeypatch.setattr("gere.anchoring.build_anchor", None)
     second = make_trainer(model=with_qlora())
     second.train()
     assert second._gere.anchor.key == first._gere.anchor.key

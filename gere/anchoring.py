@@ -1,0 +1,188 @@
+"""Which anchor a run belongs to: named by the user, a checkpoint or a loaded model, or built from the model itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from gere.base_model import BaseModel
+from gere.cache import Anchor, BuildPlan, build_anchor, open_named, open_or_build
+from gere.cache.files import canonical_json, write_atomic
+from gere.cache.fingerprint import architecture_digest, precision_of, weights_digest
+from gere.config import GeReConfig
+from gere.errors import CacheCorruptError, CacheMissingError, ConfigError, ReplaySetError
+from gere.ranks import Ranks
+from gere.replay import ReplaySet
+from gere.sharded import whole_shape
+
+ANCHOR_FILE = "gere_anchor.json"
+
+
+class ReadyModel(NamedTuple):
+    """The model as the trainer prepared it.
+
+    Attributes:
+        inner: The model without its distributed wrapper, which one process can call alone.
+        device: Where it is.
+        autocast: Makes the context in which training computes.
+        precision: Precision of training, such as `"mixed precision bf16"`.
+        fresh: Whether the trainer made the model anew for this training.
+        ranks: The processes of the run.
+    """
+
+    inner: nn.Module
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[Any]]
+    precision: str
+    fresh: bool
+    ranks: Ranks
+
+
+class AnchorWish(NamedTuple):
+    """What the user asked for.
+
+    Attributes:
+        folder: Cache folder.
+        reuse: Open an anchor that is there.
+        config: All other settings.
+        checkpoint: The checkpoint that training resumes from.
+    """
+
+    folder: Path
+    reuse: bool
+    config: GeReConfig
+    checkpoint: Path | None
+
+
+def find_anchor(wish: AnchorWish, model: ReadyModel, replay: ReplaySet, *, resumed: bool, progress: bool) -> Anchor:
+    """Open the anchor that the run belongs to, or build it.
+
+    Args:
+        wish: What the user asked for.
+        model: The model that is about to be trained.
+        replay: The replay set.
+        resumed: Whether the weights come from a checkpoint.
+        progress: Show a progress bar.
+
+    Raises:
+        ReplaySetError: If the replay set does not fit the model.
+        CacheError: If the anchor is missing, damaged, or belongs to something else.
+        RankFailedError: If another process failed.
+    """
+    _require_fit(model.inner, replay)
+    key = model.ranks.gather(model.ranks.together(lambda: _named_key(wish, model, resumed)))[0]
+    fields = _fields(wish.config, model, replay, weights_moved=key is not None)
+    if key is not None:
+        return open_named(wish.folder, key, fields, model.ranks)
+    if resumed:
+        raise CacheMissingError(
+            "Training resumes from a checkpoint that names no anchor, and its model cannot be anchored any more.",
+            where=wish.checkpoint,
+            expected=f"{ANCHOR_FILE}, which GeReTrainer writes into every checkpoint",
+            found="a checkpoint of another trainer, or of GeReTrainer without replay",
+            fix="Start from the base model, or set gere_config.anchor to the key of its anchor.",
+        )
+
+    def build(folder: Path) -> None:
+        base = BaseModel(model.inner, replay.pad_id, model.device, model.autocast, whole=model.ranks.lockstep)
+        build_anchor(folder, _plan(wish.config, fields, replay), base, ranks=model.ranks, progress=progress)
+
+    return open_or_build(wish.folder, fields, build, reuse=wish.reuse, ranks=model.ranks)
+
+
+def _plan(config: GeReConfig, fields: Mapping[str, str], replay: ReplaySet) -> BuildPlan:
+    return BuildPlan(
+        fields=fields,
+        rows=replay.rows,
+        keep_regions=config.replay_strategy == "tm",
+        band_width=config.band_width,
+        std_floor=config.std_floor,
+        batch_tokens=config.anchor_batch_tokens,
+    )
+
+
+def _named_key(wish: AnchorWish, model: ReadyModel, resumed: bool) -> str | None:
+    """Key that the user, the checkpoint or the folder of the loaded model names."""
+    if wish.config.anchor != "auto":
+        return wish.config.anchor.removeprefix("anchor-")
+    if resumed:
+        return read_key(wish.checkpoint)
+    key = loaded_key(model.inner)
+    if key is not None and not wish.reuse:
+        raise ConfigError(
+            "This model was tuned from another one, whose anchor its folder names; it would become a base itself.",
+            where="reuse_gere_hidden_state",
+            expected=f"True, to use the anchor {key}",
+            found="False",
+            fix=f"Leave it out; or, to make this model a base of its own, delete {ANCHOR_FILE} from its folder.",
+        )
+    return key
+
+
+def _fields(config: GeReConfig, model: ReadyModel, replay: ReplaySet, *, weights_moved: bool) -> dict[str, str]:
+    """What the anchor depends on, in the order in which a difference is reported."""
+    bands = f"mean +- {config.band_width:g} std, floor {config.std_floor:g}"
+    weights = {} if weights_moved else {"weights": weights_digest(model.inner, model.ranks)}
+    kept = {"tm": "regions of the last layer", "ce": "losses only"}[config.replay_strategy]
+    return {
+        "strategy": kept,
+        "architecture": architecture_digest(model.inner),
+        **weights,
+        **replay.fields,
+        **({"bands": bands} if config.replay_strategy == "tm" else {}),
+        "dtype": f"{precision_of(model.inner)}, {model.precision}",
+    }
+
+
+def _require_fit(model: Any, replay: ReplaySet) -> None:
+    """Refuse tokens or lengths that the model has no embedding for, before it fails on the device."""
+    vocabulary = whole_shape(model.get_input_embeddings().weight)[0]
+    largest, longest = max(map(max, replay.rows)), max(map(len, replay.rows))
+    positions = getattr(model.config, "max_position_embeddings", None) or longest
+    checks = (
+        ("token ids", largest, vocabulary - 1, "Resize the embeddings, or pass the model's own tokenizer."),
+        ("tokens in a row", longest, positions, f"Set gere_config.max_length to {positions} or less."),
+    )
+    for what, found, most, fix in checks:
+        if found > most:
+            raise ReplaySetError(
+                "The replay rows do not fit the model.",
+                where=f"{what} of gere_config.replay_dataset",
+                expected=f"at most {most}",
+                found=found,
+                fix=fix,
+            )
+
+
+def write_key(folder: Path, key: str) -> None:
+    """Write the key of the anchor beside a saved model."""
+    write_atomic(folder / ANCHOR_FILE, canonical_json({"format_version": 1, "anchor": key}))
+
+
+def loaded_key(model: Any) -> str | None:
+    """Key in the folder that a model was loaded from."""
+    loaded_from = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return read_key(Path(loaded_from)) if loaded_from else None
+
+
+def read_key(folder: Path | None) -> str | None:
+    """Key in the anchor file of a checkpoint or model folder; `None` if there is no such file."""
+    path = folder / ANCHOR_FILE if folder is not None else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["anchor"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheCorruptError(
+            "The file that names the anchor cannot be read.",
+            where=path,
+            expected='a JSON object with the key "anchor"',
+            found=f"{type(error).__name__}: {error}",
+            fix="Restore the file, or set gere_config.anchor to the key of the anchor.",
+        ) from error

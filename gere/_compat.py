@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -79,16 +79,26 @@ def counts_over_ranks(trainer: Any) -> bool:
 
 
 def count_items(trainer: Any, collect: Any, tasks: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-    """Tokens of the task rows of a step, as the parent counts them; `None` if its loss does not use them.
+    """Tokens of the task rows of a step, as the parent counts them, at least 1; `None` if its loss does not use them.
 
-    Before transformers 5, label smoothing ignores the count, and the trainer leaves out the division all the same.
+    A rank that has spare rows alone counts 0 tokens, and its loss would be infinite.
+    """
+    if hasattr(trainer, "_get_num_items_in_batch"):
+        items = trainer._get_num_items_in_batch(list(tasks), *args, **kwargs)
+    else:
+        items = collect(iter(tasks), len(tasks), *args, **kwargs)[1]
+    if items is None or not loss_uses_count(trainer):
+        return None
+    return items.clamp(min=1) if isinstance(items, torch.Tensor) else max(1, items)
+
+
+def loss_uses_count(trainer: Any) -> bool:
+    """Whether the parent's loss divides by the tokens that the trainer counts.
+
+    Before transformers 5, label smoothing ignores them, and the trainer leaves out its own division all the same.
     """
     smoother = getattr(trainer, "label_smoother", None)
-    if smoother is not None and "num_items_in_batch" not in inspect.signature(smoother.__call__).parameters:
-        return None
-    if hasattr(trainer, "_get_num_items_in_batch"):
-        return trainer._get_num_items_in_batch(list(tasks), *args, **kwargs)
-    return collect(iter(tasks), len(tasks), *args, **kwargs)[1]
+    return smoother is None or "num_items_in_batch" in inspect.signature(smoother.__call__).parameters
 
 
 def without_unused_columns(trainer: Any) -> tuple[Any, Any]:
@@ -99,15 +109,10 @@ def without_unused_columns(trainer: Any) -> tuple[Any, Any]:
     return dataset, trainer._get_collator_with_removed_columns(collator, description="training")
 
 
-def can_uncompile() -> bool:
-    """Whether a compiled model can be called as if it were not, which torch 2.6 brought."""
-    return hasattr(torch.compiler, "set_stance")
-
-
 def uncompiled() -> AbstractContextManager[Any]:
     """Call compiled models as if they were not, where states are read.
 
     Code that was compiled before does not know a hook that came later. And compiled code rounds in another way than
     the base model did when it was anchored, which would count as drift.
     """
-    return torch.compiler.set_stance("force_eager") if can_uncompile() else nullcontext()
+    return torch.compiler.set_stance("force_eager")

@@ -13,7 +13,7 @@ from torch import nn
 
 from gere.base_model import BaseModel
 from gere.cache import Anchor, BuildPlan, build_anchor, open_named, open_or_build
-from gere.cache.files import canonical_json, write_atomic
+from gere.cache.files import canonical_json, make_folder, write_atomic
 from gere.cache.fingerprint import architecture_digest, precision_of, weights_digest
 from gere.config import GeReConfig
 from gere.errors import CacheCorruptError, CacheMissingError, ConfigError, ReplaySetError
@@ -76,7 +76,7 @@ def find_anchor(wish: AnchorWish, model: ReadyModel, replay: ReplaySet, *, resum
         RankFailedError: If another process failed.
     """
     _require_fit(model.inner, replay)
-    key = model.ranks.gather(model.ranks.together(lambda: _named_key(wish, model, resumed)))[0]
+    key = model.ranks.ask(lambda: _named_key(wish, model, resumed))[0]
     fields = _fields(wish.config, model, replay, weights_moved=key is not None)
     if key is not None:
         return open_named(wish.folder, key, fields, model.ranks)
@@ -162,6 +162,7 @@ def _require_fit(model: Any, replay: ReplaySet) -> None:
 
 def write_key(folder: Path, key: str) -> None:
     """Write the key of the anchor beside a saved model."""
+    make_folder(folder)  # with sharded checkpoints the trainer has not made it yet
     write_atomic(folder / ANCHOR_FILE, canonical_json({"format_version": 1, "anchor": key}))
 
 

@@ -13,6 +13,11 @@ from gere.collator import RowCounts
 from gere.errors import ConfigError, UnsupportedSettingError
 from gere.states import is_reentrant
 
+FSDP_FIX = (
+    'Set fsdp_config={"fsdp_version": 2}; on transformers 4 set FSDP_VERSION=2 in the environment, or start by '
+    "accelerate launch --fsdp_version 2."
+)
+
 
 def refuse_settings(trainer: Any) -> None:
     """Refuse settings under which a batch would not be what was planned.
@@ -31,7 +36,7 @@ def refuse_settings(trainer: Any) -> None:
         (args.n_gpu > 1, "nn.DataParallel", "one GPU for each process", f"{args.n_gpu} GPUs", "Start with torchrun."),
         (split, "accelerator_config.split_batches", "False", True, "Leave it out."),
         (not known, "distributed training", one, kind, "Use DDP."),
-        (_compat.uses_fsdp1(trainer), "fsdp_config", "version 2", "version 1", 'Set fsdp_config={"fsdp_version": 2}.'),
+        (_compat.uses_fsdp1(trainer), "fsdp_config", "version 2", "version 1", FSDP_FIX),
         (several, "device_map", "the whole model on one device", "a model on several", "Load it without device_map."),
         (
             bool(parallel),
@@ -39,13 +44,6 @@ def refuse_settings(trainer: Any) -> None:
             "rows that belong to one process",
             ", ".join(f"{name} {size}" for name, size in parallel.items()),
             "Set these sizes to 1; use DDP, ZeRO or FSDP2.",
-        ),
-        (
-            bool(getattr(args, "torch_compile", False)) and not _compat.can_uncompile(),
-            "torch_compile",
-            "torch 2.6 or later, which can call a compiled model as it is",
-            "an older torch",
-            "Update torch, or leave torch_compile out.",
         ),
     )
     for wrong, where, expected, found, fix in problems:

@@ -66,6 +66,10 @@ class Ranks:
             )
         return result
 
+    def ask(self, question: Callable[[], T]) -> list[T]:
+        """Ask every process; answers in the order of their ranks. If one cannot answer, all fail as in `together`."""
+        return self.gather(self.together(question))
+
     def first_here_first(self, action: Callable[[], T]) -> T:
         """Run an action on the first process of each machine, then on the others, which find what it left."""
         early = self.together(lambda: action() if self.first_here else None)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gere.anchoring import AnchorWish, ReadyModel, find_anchor, loaded_key, read_key, write_key
@@ -99,7 +100,7 @@ class ReplayRun:
         self.adding = True
 
     def add_rows(
-        self, samples: Sequence[Any], *, step: int, seed: int, rows: int, rank: int, ranks: int
+        self, samples: Sequence[Any], *, step: int, seed: int, rows: int, accumulation: int, rank: int, ranks: int
     ) -> list[dict[str, Any]]:
         """Add the replay rows of an optimizer step to its micro-batches.
 
@@ -108,6 +109,7 @@ class ReplayRun:
             step: Optimizer steps before this one.
             seed: Seed of the order of replay rows.
             rows: Task rows of a micro-batch, as the trainer was told.
+            accumulation: Micro-batches of a whole step; the last one of an epoch may be shorter.
             rank: This rank.
             ranks: Number of ranks.
         """
@@ -115,9 +117,9 @@ class ReplayRun:
             return list(samples)
         plan = added_rows(
             len(self._collator.rows),
-            self.replay_per_batch,
+            -(-self.replay_per_batch * len(samples) // max(accumulation, len(samples))),
             seed=seed,
-            step=step,
+            start=step * self.replay_per_batch,
             micro_steps=len(samples),
             micro_batch_size=rows,
             world_size=ranks,
@@ -166,7 +168,9 @@ class ReplayRun:
             self.meters.step()
 
     def task_part(self, loss: Tensor, rows: int) -> Tensor:
-        """Weigh the parent's loss of a micro-batch."""
+        """Weigh the parent's loss of a micro-batch; a spare row (`rows` is 0) counts nothing."""
+        if not rows:
+            return torch.nan_to_num(loss, 0.0, 0.0, 0.0) * 0.0  # a spare row may have nothing to learn
         self.meters.add({"task_loss": loss * self.share.logged_factor(rows)})
         return loss * self.share.task_factor(rows)
 

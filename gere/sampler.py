@@ -72,7 +72,7 @@ def added_rows(
     replay_per_batch: int,
     *,
     seed: int,
-    step: int,
+    start: int,
     micro_steps: int,
     micro_batch_size: int,
     world_size: int = 1,
@@ -85,7 +85,7 @@ def added_rows(
         num_replay: Replay rows in all.
         replay_per_batch: Replay rows of a step over all ranks.
         seed: Seed of their order.
-        step: Optimizer steps before this one.
+        start: Place of the first one in the endless sequence of permutations.
         micro_steps: Micro-steps of this step.
         micro_batch_size: Rows of one forward pass on one rank.
         world_size: Number of ranks.
@@ -95,10 +95,10 @@ def added_rows(
 
     Example:
         >>> [[len(rows) for rows in ranks] for ranks in added_rows(
-        ...     9, 3, seed=0, step=5, micro_steps=2, micro_batch_size=1, world_size=2)]
+        ...     9, 3, seed=0, start=15, micro_steps=2, micro_batch_size=1, world_size=2)]
         [[1, 0], [1, 1]]
     """
-    rows = list(itertools.islice(replay_stream(num_replay, seed, step * replay_per_batch), replay_per_batch))
+    rows = list(itertools.islice(replay_stream(num_replay, seed, start), replay_per_batch))
     width = max(micro_batch_size * world_size, -(-replay_per_batch // micro_steps))
     last = [rows[start : start + width] for start in range(0, replay_per_batch, width)]
     steps: list[list[int]] = [[] for _ in range(micro_steps - len(last))] + last[::-1]

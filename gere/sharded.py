@@ -31,7 +31,8 @@ def whole(weight: Any) -> Tensor:
         weight: A parameter or buffer.
     """
     if hasattr(weight, "full_tensor"):
-        return weight.detach().full_tensor().cpu()
+        on_mesh = weight.detach().to(weight.device_mesh.device_type)  # an offloaded one is in main memory
+        return on_mesh.full_tensor().cpu()
     # DeepSpeed keeps small weights whole and would not gather them again for a forward pass.
     if getattr(getattr(weight, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE":
         import deepspeed

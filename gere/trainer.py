@@ -96,6 +96,7 @@ class GeReMixin(_Parent):
             self._gere.collator(self.data_collator, self.processing_class)
             self._gere.add_from_now_on(why, tell=self.is_world_process_zero())
             return super().get_train_dataloader()
+        self._gere.adding = False
         mixed = MixedDataset(task, len(replay.rows))
         mixed_collator = self._gere.collator(collator, self.processing_class, mixed.spare)
         with self._gere_data(mixed, mixed_collator, sampler=lambda *_: self._gere_sampler(mixed, order)):
@@ -129,8 +130,15 @@ class GeReMixin(_Parent):
         if self._gere.adding:
             step, (rank, ranks) = self.state.global_step, (self.accelerator.process_index, self._gere_ranks)
             samples = self._gere.add_rows(
-                samples, step=step, seed=self._gere_seed, rows=self._train_batch_size, rank=rank, ranks=ranks
+                samples,
+                step=step,
+                seed=self._gere_seed,
+                rows=self._train_batch_size,
+                accumulation=self.args.gradient_accumulation_steps,
+                rank=rank,
+                ranks=ranks,
             )
+            items = items if _compat.loss_uses_count(self) else None
         rows = [RowCounts(*sample.get(ROWS, (0, 0, 0, 0))) for sample in samples]
         if not self._gere.adding:
             checks.require_replay(self, rows)

@@ -25,7 +25,7 @@ KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting
 )
 def test_every_step_adds_the_next_rows_of_the_stream(size, rows, step, micro_steps, micro, ranks):
     settings = {"seed": 3, "micro_steps": micro_steps, "micro_batch_size": micro, "world_size": ranks}
-    plan = added_rows(size, rows, step=step, **settings)
+    plan = added_rows(size, rows, start=step * rows, **settings)
     assert len(plan) == micro_steps and all(len(shares) == ranks for shares in plan)
     found = [row for shares in plan for share in shares for row in share]
     stream = list(itertools.islice(replay_stream(size, 3, 0), (step + 1) * rows))
@@ -86,6 +86,25 @@ def test_added_rows_weigh_as_rows_of_a_larger_step(make_trainer, arguments, task
     for log in [log for log in trainer.state.log_history if "loss" in log]:
         replay = log["gere/ce"] + 5.0 * log["gere/tm"]
         assert log["loss"] == pytest.approx((8 * log["gere/task_loss"] + 3 * replay) / 11, rel=1e-4)
+
+
+def test_label_smoothing_counts_once(make_trainer, arguments, task):
+    """The loss does not grow with the accumulation steps, in versions whose smoothing ignores the token count too."""
+    found = []
+    for accumulation in (1, 4):
+        args = arguments(gradient_accumulation_steps=accumulation, label_smoothing_factor=0.1, max_steps=1)
+        trainer = make_trainer(args=args, train_dataset=stream_of(task), replay=2)
+        trainer.train()
+        found.append(trainer.state.log_history[0]["gere/task_loss"])
+    assert found[1] == pytest.approx(found[0], rel=0.1)
+
+
+def test_another_dataset_may_replace_rows_again(make_trainer, task):
+    trainer = make_trainer(train_dataset=stream_of(task))
+    trainer.train()
+    trainer.train_dataset = task
+    trainer.train()
+    assert not trainer._gere.adding and trainer.state.global_step == 3
 
 
 def test_task_loss_of_an_untouched_model_is_the_parents(make_trainer, task):
@@ -160,12 +179,12 @@ def test_dispatched_batches_add_rows(make_trainer, arguments, task):
 
 
 def test_the_last_step_of_an_epoch_may_be_short(make_trainer, arguments, task):
-    """9 rows in micro-batches of 4, two a step: the second step has one row, and as many replay rows as any other."""
+    """9 rows in micro-batches of 4, two a step: the second step has one micro-batch, and half of the replay rows."""
     trainer = make_trainer(
         args=arguments(max_steps=-1, num_train_epochs=2), train_dataset=task[:9], config={"replay_mode": "add"}
     )
     steps = watched(trainer)
     trainer.train()
     assert [len(samples) for samples in steps] == [2, 1, 2, 1]
-    assert all(sum(sample[ROWS][1] for sample in samples) == 4 for samples in steps)
+    assert [sum(sample[ROWS][1] for sample in samples) for samples in steps] == [4, 2, 4, 2]
     assert all(torch.isfinite(torch.tensor(log["loss"])) for log in trainer.state.log_history if "loss" in log)

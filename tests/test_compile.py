@@ -11,8 +11,7 @@ from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
-from gere import GeReTrainer, _compat
-from gere.errors import UnsupportedSettingError
+from gere import GeReTrainer
 
 EAGER = {"torch_compile": True, "torch_compile_backend": "eager"}
 
@@ -87,9 +86,3 @@ def test_a_model_that_was_compiled_in_place(make_trainer):
     assert counters["stats"]["unique_graphs"] >= 1
     assert trainer._gere.anchor.key == plain._gere.anchor.key
     torch.testing.assert_close(curve(trainer), curve(plain), rtol=1e-4, atol=1e-5)
-
-
-def test_an_older_torch_is_refused_by_name(make_trainer, arguments, monkeypatch):
-    monkeypatch.setattr(_compat, "can_uncompile", lambda: False)
-    with pytest.raises(UnsupportedSettingError, match="torch_compile"):
-        make_trainer(args=arguments(**EAGER)).train()

@@ -42,39 +42,49 @@ def build_anchor(
     partial = partial_folder(folder)
     ranks.together(lambda: make_folder(partial))
     leads = leads_disk(partial, ranks)
-    complete = ranks.gather(ranks.together(lambda: _is_complete(partial)))
+    complete = ranks.ask(lambda: _is_complete(partial))
     if not any(complete):
         noise = measure_noise(partial, plan, distil, ranks) if plan.keep_regions else None
         groups = parts_of(plan, 0 if noise is None else len(noise))
         parts = [Part(partial, number, batches, plan) for number, batches in enumerate(groups)]
         owners = distil_parts(parts, plan, distil, ranks, progress=progress)
         encode(partial, plan, parts, owners, noise, ranks, leads=leads)
-    if leads and (complete[ranks.index] or not any(complete)):
-        _publish(partial, folder)
-    ranks.together(lambda: None)
+    done = leads and (complete[ranks.index] or not any(complete))
+    ranks.together(lambda: _publish(partial, folder) if done else None)
 
 
-def spread_anchor(folder: Path, ranks: Ranks) -> None:
+def is_everywhere(folder: Path, ranks: Ranks) -> bool:
+    """Whether every process sees the same finished anchor at `folder`.
+
+    Raises:
+        CacheCorruptError: If a manifest is damaged.
+        RankFailedError: If another process failed.
+    """
+    manifests = set(ranks.ask(lambda: _checked_manifest(folder)))
+    return len(manifests) == 1 and None not in manifests
+
+
+def spread_anchor(folder: Path, ranks: Ranks, *, leads: bool) -> None:
     """Give the anchor at `folder`, if any disk has it, to those that lack it or that hold another build of it.
 
     Args:
-        folder: Folder of the anchor.
+        folder: Folder of the anchor; the caller keeps other runs out.
         ranks: All processes; each must call this.
+        leads: Whether this process writes for its disk.
 
     Raises:
-        CacheCorruptError: If the first anchor that was found is damaged.
+        CacheCorruptError: If an anchor that was found is damaged.
         RankFailedError: If another process failed.
     """
-    manifests = ranks.gather(ranks.together(lambda: _checked_manifest(folder)))
+    manifests = ranks.ask(lambda: _checked_manifest(folder))
     if len(set(manifests)) == 1:
         return
     owner = next(rank for rank, manifest in enumerate(manifests) if manifest is not None)
-    ranks.together(lambda: make_folder(folder.parent))
-    lacks = leads_disk(folder.parent, ranks) and manifests[ranks.index] != manifests[owner]
+    lacks = leads and manifests[ranks.index] != manifests[owner]
     partial = partial_folder(folder)
     ranks.together(lambda: make_folder(partial) if lacks else None)
-    digests = ranks.gather(read_manifest(folder)["files"] if ranks.index == owner else None)[owner]
-    digests[MANIFEST] = sha256(manifests[owner])
+    digests = ranks.ask(lambda: _verified_digests(folder))[owner] or {}
+    digests[MANIFEST] = sha256(manifests[owner] or b"")
     source = folder if ranks.index == owner else partial
     spread_files(source, {name: (digest, owner) for name, digest in digests.items()}, ranks, leads=lacks)
     ranks.together(lambda: _publish(partial, folder) if lacks else None)
@@ -126,6 +136,15 @@ def _publish(partial: Path, folder: Path) -> None:
     partial.rename(folder)
     sync_folder(folder.parent)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _verified_digests(folder: Path) -> dict[str, str] | None:
+    """Hashes of the files of a finished anchor, compared with the files; a damaged one is not handed on."""
+    if not (folder / MANIFEST).exists():
+        return None
+    files = read_manifest(folder)["files"]
+    verify_files(folder, files)
+    return dict(files)
 
 
 def _checked_manifest(folder: Path) -> bytes | None:

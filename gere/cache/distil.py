@@ -44,7 +44,7 @@ def measure_noise(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) 
     rows = by_length[:: max(1, len(by_length) // count)][:count]
     path = partial / "noise.safetensors"
     tag = sha256(repr(rows).encode())
-    stored = ranks.gather(ranks.together(lambda: load_part(path, tag) if ranks.index == 0 else None))[0]
+    stored = ranks.ask(lambda: load_part(path, tag) if ranks.index == 0 else None)[0]
     if stored is not None:
         return stored["noise"]
 

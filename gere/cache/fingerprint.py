@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -94,10 +94,14 @@ def weights_digest(model: nn.Module, ranks: Ranks = ALONE) -> str:
         for name, tensor in tensors:
             content = whole(tensor)  # every process takes part in it
             digests += [_tensor_digest(name, content)] if ranks.index == 0 else []
-    elif ranks.index == 0:
-        with ThreadPoolExecutor(max_workers=4) as pool:  # each holds a copy of one tensor in main memory
-            digests = list(pool.map(lambda item: _tensor_digest(*item), tensors))
+    else:
+        digests = ranks.together(lambda: _tensor_digests(tensors) if ranks.index == 0 else [])
     return ranks.gather(sha256("".join(digests).encode()))[0]
+
+
+def _tensor_digests(tensors: Sequence[tuple[str, Tensor]]) -> list[str]:
+    with ThreadPoolExecutor(max_workers=4) as pool:  # each holds a copy of one tensor in main memory
+        return list(pool.map(lambda item: _tensor_digest(*item), tensors))
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from gere.cache.build import finish_build, partial_folder, spread_anchor
+from gere.cache.build import finish_build, is_everywhere, partial_folder, spread_anchor
 from gere.cache.files import folder_errors, make_folder
 from gere.cache.fingerprint import differences, key_of
 from gere.cache.shares import leads_disk
@@ -17,6 +21,7 @@ from gere.errors import CacheCorruptError, CacheMismatchError, CacheMissingError
 from gere.ranks import ALONE, Ranks
 
 LOCK_SECONDS = 2.0
+logger = logging.getLogger("gere")
 
 NAMED_WAY_ON = (
     "Restore the setting; or, from the base model, build an anchor with the new settings (one step is enough) and set "
@@ -52,10 +57,12 @@ def open_named(root: Path, key: str, fields: Mapping[str, str], ranks: Ranks = A
         RankFailedError: If another process failed.
     """
     folder = anchor_folder(root, key)
-    if any(ranks.gather(partial_folder(folder).exists() and not folder.exists())):
-        leads = leads_disk(root, ranks)
-        ranks.together(lambda: finish_build(folder) if leads else None)
-    spread_anchor(folder, ranks)
+    there = any(ranks.ask(lambda: partial_folder(folder).exists() or folder.exists()))
+    if there and not is_everywhere(folder, ranks):
+        ranks.together(lambda: make_folder(root))
+        with _locked(root, ranks) as leads:
+            ranks.together(lambda: finish_build(folder) if leads else None)
+            spread_anchor(folder, ranks, leads=leads)
     return ranks.together(lambda: _open_same(root, folder, fields))
 
 
@@ -78,19 +85,23 @@ def open_or_build(
         RankFailedError: If another process failed.
     """
     folder = anchor_folder(root, key_of(fields))
-    if not (reuse and all(ranks.gather((folder / MANIFEST).exists()))):
+    if not (reuse and is_everywhere(folder, ranks)):
         ranks.together(lambda: make_folder(root))
-        with _locked(root, ranks):
-            if not (reuse and any(ranks.gather((folder / MANIFEST).exists()))):
+        with _locked(root, ranks) as leads:
+            if not (reuse and any(ranks.ask(lambda: (folder / MANIFEST).exists()))):
                 ranks.together(lambda: _refuse_others(root, fields) if reuse else None)
                 build(folder)
-    spread_anchor(folder, ranks)
+            spread_anchor(folder, ranks, leads=leads)
     return ranks.together(lambda: _open(folder))
 
 
 @contextmanager
-def _locked(root: Path, ranks: Ranks) -> Iterator[None]:
-    """Keep other runs out, by one process for each disk; the others ask again and again, so that none times out."""
+def _locked(root: Path, ranks: Ranks) -> Iterator[bool]:
+    """Keep other runs out, by one process for each disk; gives whether this one is it.
+
+    The processes ask each other again and again, so that none times out. Who has its own disk and waits for another
+    gives it back for a moment: two runs that hold a disk each would wait for ever.
+    """
     lock = FileLock(root / ".lock")
     leads = leads_disk(root, ranks)
 
@@ -103,9 +114,14 @@ def _locked(root: Path, ranks: Ranks) -> Iterator[None]:
         return True
 
     try:
-        while not all(ranks.gather(ranks.together(lambda: not leads or lock.is_locked or acquire()))):
-            pass
-        yield
+        for attempt in itertools.count():
+            if all(ranks.ask(lambda: not leads or acquire())):
+                break
+            lock.release()
+            if attempt == 0 and ranks.index == 0:
+                logger.warning("Another run builds an anchor in %s, or on another machine; waiting for it.", root)
+            time.sleep(LOCK_SECONDS * os.urandom(1)[0] / 255)
+        yield leads
     finally:
         lock.release()
 

@@ -35,7 +35,7 @@ def leads_disk(folder: Path, ranks: Ranks) -> bool:
     names = ranks.gather(own.name)
     seen = [rank for rank, name in enumerate(names) if (folder / name).exists()]
     ranks.gather(None)  # nobody takes his file away before all have looked
-    own.unlink(missing_ok=True)
+    ranks.together(lambda: own.unlink(missing_ok=True))
     return min(seen) == ranks.index
 
 
@@ -72,17 +72,20 @@ def spread_files(folder: Path, files: Mapping[str, tuple[str, int]], ranks: Rank
         CacheFolderError: If a disk is full.
         RankFailedError: If another process failed.
     """
-    lacking = {name for name, (digest, _) in files.items() if leads and not _has(folder / name, digest)}
-    for name in sorted(set().union(*ranks.gather(lacking))):
+    wanted = ranks.ask(
+        lambda: {name for name, (digest, _) in files.items() if leads and not _has(folder / name, digest)}
+    )
+    lacking = wanted[ranks.index]
+    for name in sorted(set().union(*wanted)):
         owner = files[name][1]
 
         def read(path: Path = folder / name, mine: bool = owner == ranks.index) -> bytes | None:
             return path.read_bytes() if mine else None
 
-        content = ranks.gather(ranks.together(read))[owner]
+        content = ranks.ask(read)[owner]
 
-        def write(path: Path = folder / name, content: bytes = content) -> None:
-            if path.name in lacking:
+        def write(path: Path = folder / name, content: bytes | None = content) -> None:
+            if path.name in lacking and content is not None:
                 write_atomic(path, content)
 
         ranks.together(write)

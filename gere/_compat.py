@@ -78,13 +78,19 @@ def counts_over_ranks(trainer: Any) -> bool:
     )
 
 
-def count_items(trainer: Any, collect: Any, tasks: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-    """Tokens of the task rows of a step, as the parent counts them; `None` if its loss does not use them.
+def ignores_count(trainer: Any) -> bool:
+    """Whether the parent's loss does not use the count of tokens that it is given.
 
-    Before transformers 5, label smoothing ignores the count, and the trainer leaves out the division all the same.
+    Before transformers 5.15, label smoothing ignores the count, and the trainer leaves out the division by the
+    accumulation steps all the same.
     """
     smoother = getattr(trainer, "label_smoother", None)
-    if smoother is not None and "num_items_in_batch" not in inspect.signature(smoother.__call__).parameters:
+    return smoother is not None and "num_items_in_batch" not in inspect.signature(smoother.__call__).parameters
+
+
+def count_items(trainer: Any, collect: Any, tasks: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+    """Tokens of the task rows of a step, as the parent counts them; `None` if its loss does not use them."""
+    if ignores_count(trainer):
         return None
     if hasattr(trainer, "_get_num_items_in_batch"):
         return trainer._get_num_items_in_batch(list(tasks), *args, **kwargs)

@@ -135,6 +135,8 @@ class GeReMixin(_Parent):
         if not self._gere.adding:
             checks.require_replay(self, rows)
             items = _compat.count_items(self, super().get_batch_samples, countable_tasks(samples), *args, **kwargs)
+        elif _compat.ignores_count(self):
+            items = None
         divisor = len(samples) if _compat.divides_by_accumulation(self, items) else None
         self._gere.begin_step(rows, self._gere_ranks, divisor, own_mean=not _compat.counts_over_ranks(self))
         return samples, items

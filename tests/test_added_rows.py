@@ -98,6 +98,21 @@ def test_task_loss_of_an_untouched_model_is_the_parents(make_trainer, task):
     assert first["gere/task_loss"] == pytest.approx(plain.state.log_history[0]["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_task_loss_does_not_depend_on_the_accumulation(make_trainer, arguments, task, smoothing):
+    """Before transformers 5.15 a smoothed loss is a mean over its micro-batch, which the trainer does not divide."""
+    found = []
+    for micro, steps in ((8, 1), (2, 4)):
+        args = arguments(
+            per_device_train_batch_size=micro, gradient_accumulation_steps=steps, label_smoothing_factor=smoothing
+        )
+        trainer = make_trainer(args=args, train_dataset=stream_of(task), replay=3)
+        trainer.train()
+        found.append(trainer.state.log_history[0])
+    for key in ("gere/task_loss", "grad_norm"):
+        assert found[0][key] == pytest.approx(found[1][key], rel=0.05)
+
+
 def test_resume_adds_the_rows_of_the_uninterrupted_run(make_trainer, arguments, task, tmp_path):
     def args(**changes):
         return arguments(max_steps=6, save_strategy="steps", save_steps=4, **changes)

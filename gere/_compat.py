@@ -95,7 +95,7 @@ def count_items(trainer: Any, collect: Any, tasks: Sequence[Any], *args: Any, **
 def loss_uses_count(trainer: Any) -> bool:
     """Whether the parent's loss divides by the tokens that the trainer counts.
 
-    Before transformers 5, label smoothing ignores them, and the trainer leaves out its own division all the same.
+    Before transformers 5.15, label smoothing ignores them, and the trainer leaves out its own division all the same.
     """
     smoother = getattr(trainer, "label_smoother", None)
     return smoother is None or "num_items_in_batch" in inspect.signature(smoother.__call__).parameters

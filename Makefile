@@ -22,7 +22,7 @@ test-matrix: $(TEST)/.ready $(OLDEST)/.ready $(LLAMAFACTORY)/.ready
 	$(TEST)/bin/python $(PYTEST) -m "not slow" $(ARGS)
 
 test-llamafactory: $(LLAMAFACTORY)/.ready
-	$(LLAMAFACTORY)/bin/python $(PYTEST) tests/llamafactory tests/test_llamafactory_config.py $(ARGS)
+	$(LLAMAFACTORY)/bin/python $(PYTEST) tests/llamafactory tests/test_llamafactory_config.py tests/test_trl.py $(ARGS)
 
 lint: $(TEST)/.ready
 	$(TEST)/bin/ruff check .

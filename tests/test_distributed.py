@@ -161,7 +161,7 @@ def test_a_killed_build_of_two_goes_on_with_one(tmp_path, alone):
     job = {"slow": 0.25, **ANCHOR}
     processes = start(tmp_path, 2, job, 120)
     parts = tmp_path / "saving"
-    for _ in range(600):
+    for _ in range(1600):
         if len(list(parts.glob("*.partial/part-*"))) >= 2:
             break
         time.sleep(0.05)

@@ -73,6 +73,10 @@ def test_streaming_adds_rows_and_says_so_once(make_trainer, task, replay, caplog
     for samples in steps:
         assert sum(sample[ROWS][1] for sample in samples) == replay
         assert sum(len(sample[REPLAY]["input_ids"]) for sample in samples if REPLAY in sample) == replay
+    replayed = [
+        row for samples in steps[:3] for sample in samples if REPLAY in sample for row in real_rows(sample[REPLAY])
+    ]
+    assert len(set(replayed)) == min(24, 3 * replay), "every step has the next rows"
     first = [row for samples in steps[:3] for sample in samples for row in real_rows(sample[TASK])]
     assert first == [tuple(row["input_ids"]) for row in task[:24]], "no task row is lost or replaced"
     logs = [log for log in trainer.state.log_history if "loss" in log]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 from pathlib import Path
@@ -30,6 +31,7 @@ from gere.errors import (
     UnsupportedSettingError,
 )
 from gere.replay import load_replay_set, load_texts
+from gere.states import is_reentrant
 
 TEXTS = ["One text of several words.", "Another text, a little longer than the first."]
 
@@ -333,6 +335,26 @@ def test_reentrant_checkpointing_with_mixed_steps_of_several_processes(make_trai
     make_trainer(args=arguments(**plain), replay=3).train()
     added = make_trainer(args=arguments(**settings), replay=4, config={"replay_mode": "add"})
     refused(added, UnsupportedSettingError, "use_reentrant")
+
+
+def test_reentrant_checkpointing_is_seen_through_wrappers(model):
+    def own(function, *args):
+        return function(*args)
+
+    def around(inner):
+        return functools.wraps(inner, assigned=())(lambda *args: inner(*args))
+
+    partial = functools.partial(own, use_reentrant=False)
+    layer = model.model.layers[0]
+    layer._gradient_checkpointing_func, layer.gradient_checkpointing = own, False
+    assert not is_reentrant(model)
+    layer.gradient_checkpointing = True
+    assert is_reentrant(model), "a function that does not say"
+    for function, reentrant in ((partial, False), (around(partial), False), (around(own), True)):
+        layer._gradient_checkpointing_func = function
+        assert is_reentrant(model) == reentrant
+    layer._gradient_checkpointing_func = functools.partial(own, use_reentrant=True)
+    assert is_reentrant(model)
 
 
 def test_rows_that_cannot_be_added_or_replaced(make_trainer, task):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
 
 import pytest
 
@@ -29,10 +29,21 @@ def thread_ranks(count):
     return [Ranks(index, count, first_here=index == 0, gather=gather_of(index)) for index in range(count)]
 
 
-def on_all(actions):
-    with ThreadPoolExecutor(len(actions)) as pool:
-        futures = [pool.submit(action) for action in actions]
-        return [future.exception() or future.result() for future in futures]
+def on_all(actions, seconds=30):
+    found = ["still waiting"] * len(actions)
+
+    def run(place, action):
+        try:
+            found[place] = action()
+        except Exception as error:
+            found[place] = error
+
+    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(actions)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(seconds)
+    return found
 
 
 def test_a_step_gives_each_rank_its_own_result():
@@ -72,6 +83,12 @@ def test_the_first_of_a_machine_goes_first():
 def test_two_runs_over_two_disks_do_not_wait_in_a_ring(tmp_path, monkeypatch):
     """Each run can hold one disk and want the other; both must come through, one after the other."""
     monkeypatch.setattr("gere.cache.resolve.LOCK_SECONDS", 0.1)
+
+    def late(root, ranks):
+        time.sleep(0.5 * ranks.index)  # each run has taken its first disk by then
+        return True
+
+    monkeypatch.setattr("gere.cache.resolve.leads_disk", late)
     disks = [tmp_path / "disk-0", tmp_path / "disk-1"]
     for disk in disks:
         disk.mkdir()
@@ -88,5 +105,5 @@ def test_two_runs_over_two_disks_do_not_wait_in_a_ring(tmp_path, monkeypatch):
 
     runs = [thread_ranks(2), thread_ranks(2)]
     members = [lambda n=n, r=r: member(n, r) for n, ranks in enumerate(runs) for r in ranks]
-    assert on_all(members) == ["through"] * 4
+    assert on_all(members, 15) == ["through"] * 4
     assert max(most) == 1, "two runs were inside at once"

@@ -57,7 +57,10 @@ def with_own_adapter(std=0.5):
     """Adapters that transformers adds by itself, without a `PeftModel` around the model."""
     torch.manual_seed(0)
     model = load_tiny()
-    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    try:
+        model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    except ValueError as error:  # this version of transformers wants a newer PEFT for it
+        pytest.skip(str(error))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -47,6 +47,9 @@ if [ -z "$python" ]; then
     python=python3
     [ ! -x "$here/.venv-demo/bin/python" ] || python="$here/.venv-demo/bin/python"
 fi
+has_torch='import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
+"$python" -c "$has_torch" 2>/dev/null ||
+    fail "$python has no torch; set PYTHON to the interpreter of your environment, or make demo first"
 if [ -z "$nproc" ]; then
     nproc="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
     [ "$nproc" -gt 0 ] || fail "no GPU was found; use --nproc N --cpu"

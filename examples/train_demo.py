@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--heldout-rows", type=int, default=0, help="use so many held-out texts, 0 for all")
     add("--bf16", action="store_true", help="train under bfloat16 autocast")
     add("--seed", type=int, default=0)
-    add("--out", default=None, help="folder for the anchor and the trainers' files")
+    add("--out", default=None, help="folder for the anchor and the trainers' files (default: a temporary one)")
     add("--cpu", action="store_true", help="use the CPU")
     add("--deepspeed", default=None, help="DeepSpeed config; run_multi_gpu.sh sets it")
     add("--fsdp2", action="store_true", help="shard the model by FSDP2; run_multi_gpu.sh sets it")
@@ -125,11 +126,13 @@ def sharding(options: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
-def end_processes() -> None:
+def end_processes(rubbish: Path | None) -> None:
     """End together; a process group that is left to the interpreter's shutdown can abort it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    if rubbish is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        shutil.rmtree(rubbish, ignore_errors=True)
 
 
 def warm_up(options: argparse.Namespace, tokenizer: Any, texts: list[str], out: Path) -> str:
@@ -206,7 +209,7 @@ def main() -> None:
         rows.append((name, trainer.evaluate()["eval_loss"], general(trainer.model), seconds))
     if trainer.is_world_process_zero():
         show(options, rows, before, len(train), len(replay))
-    end_processes()
+    end_processes(None if options.out else out)
 
 
 def show(options: argparse.Namespace, rows: Table, before: tuple[float, float], train: int, replay: int) -> None:

@@ -87,7 +87,7 @@ def why_added(trainer: Any) -> str | None:
     if trainer._gere.config.replay_mode == "add":
         return 'gere_config.replay_mode is "add"'
     if not sized:
-        return f"train_dataset is a {type(data).__name__} without a length"
+        return f"train_dataset has no length ({type(data).__name__})"
     if trainer.accelerator.dataloader_config.dispatch_batches:
         return "accelerator_config.dispatch_batches is True"
     return None

@@ -149,6 +149,16 @@ def test_run_multi_gpu_says_what_is_wrong(options, said):
     assert done.returncode == 2 and said in done.stderr
 
 
+def test_run_multi_gpu_names_the_interpreter_that_lacks_torch(tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text("#!/bin/sh\nexit 1\n")
+    bare.chmod(0o755)
+    command = ["bash", str(ROOT / "run_multi_gpu.sh"), "--nproc", "2", "--cpu"]
+    env = {**os.environ, "PYTHON": str(bare)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
+    assert done.returncode == 2 and "set PYTHON" in done.stderr
+
+
 def test_settings_of_the_readme_are_the_defaults():
     block = next(block for block in BLOCKS if "replay_dataset=" in block)
     config = eval(block.split("import GeReConfig")[1].strip(), {"GeReConfig": GeReConfig})

@@ -163,7 +163,10 @@ def table(rows: Table, before: tuple[float, float]) -> str:
 def main() -> None:
     options = parse_arguments()
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")  # the processes of one machine share a folder
-    out = Path(options.out or (Path(tempfile.gettempdir()) / f"gere-demo-{run}" if run else tempfile.mkdtemp()))
+    out = Path(
+        options.out
+        or (Path(tempfile.gettempdir()) / f"gere-demo-{run}" if run else tempfile.mkdtemp(prefix="gere-demo-"))
+    )
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     replay = [row["text"] for row in read(options.replay_file, options.replay_rows)]

@@ -13,7 +13,7 @@ from torch import nn
 
 from gere.base_model import BaseModel
 from gere.cache import Anchor, BuildPlan, build_anchor, open_named, open_or_build
-from gere.cache.files import canonical_json, make_folder, write_atomic
+from gere.cache.files import canonical_json, folder_errors, write_atomic
 from gere.cache.fingerprint import architecture_digest, precision_of, weights_digest
 from gere.config import GeReConfig
 from gere.errors import CacheCorruptError, CacheMissingError, ConfigError, ReplaySetError
@@ -89,9 +89,10 @@ def find_anchor(wish: AnchorWish, model: ReadyModel, replay: ReplaySet, *, resum
             fix="Start from the base model, or set gere_config.anchor to the key of its anchor.",
         )
 
-    def build(folder: Path) -> None:
+    def build(folder: Path, leads: bool) -> None:
         base = BaseModel(model.inner, replay.pad_id, model.device, model.autocast, whole=model.ranks.lockstep)
-        build_anchor(folder, _plan(wish.config, fields, replay), base, ranks=model.ranks, progress=progress)
+        plan = _plan(wish.config, fields, replay)
+        build_anchor(folder, plan, base, ranks=model.ranks, leads=leads, progress=progress)
 
     return open_or_build(wish.folder, fields, build, reuse=wish.reuse, ranks=model.ranks)
 
@@ -162,7 +163,8 @@ def _require_fit(model: Any, replay: ReplaySet) -> None:
 
 def write_key(folder: Path, key: str) -> None:
     """Write the key of the anchor beside a saved model."""
-    make_folder(folder)  # with sharded checkpoints the trainer has not made it yet
+    with folder_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # with sharded checkpoints the trainer has not made it yet
     write_atomic(folder / ANCHOR_FILE, canonical_json({"format_version": 1, "anchor": key}))
 
 

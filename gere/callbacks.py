@@ -46,6 +46,4 @@ class NameAnchorCallback(TrainerCallback):
     ) -> None:
         """Write the key; the trainer's own callback stands before this one."""
         if args.should_save:
-            folder = Path(str(args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            self._name_anchor(folder)
+            self._name_anchor(Path(str(args.output_dir)))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.utils.data import IterableDataset
 
 from gere import _compat
-from gere.collator import RowCounts
+from gere.collator import ROWS, RowCounts
 from gere.errors import ConfigError, UnsupportedSettingError
 from gere.states import is_reentrant
 
@@ -125,17 +125,18 @@ def require_addable(mode: str, rows: int, why: str) -> None:
         )
 
 
-def require_replay(trainer: Any, rows: Sequence[RowCounts]) -> None:
+def require_replay(trainer: Any, samples: Sequence[Mapping[str, Any]]) -> None:
     """Refuse a step whose batches do not come from the sampler of replay.
 
     Args:
         trainer: The trainer.
-        rows: Rows of each micro-step.
+        samples: Micro-batches of an optimizer step.
 
     Raises:
         UnsupportedSettingError: If a data loader of the user's own left the replay rows out.
     """
     wanted = trainer._gere.replay_per_batch
+    rows = [RowCounts(*sample.get(ROWS, (0, 0, 0, 0))) for sample in samples]
     found = sum(counts.all_replay for counts in rows)
     if not all(map(any, rows)) or (wanted and found != wanted):
         raise UnsupportedSettingError(

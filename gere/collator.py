@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from gere.cache import Anchor
+from gere.cache.plan import shortest_row
 from gere.sampler import Slot
 
 TASK, REPLAY, ROWS = "gere_task", "gere_replay", "gere_rows"
@@ -119,6 +120,7 @@ class MixedCollator:
         self.pad_id = pad_id
         self.spare = spare
         self.anchor: Anchor | None = None
+        self._spare_replay = [shortest_row(rows)] if rows else []
 
     def __call__(self, rows: Sequence[TaskRow | ReplayRow]) -> dict[str, Any]:
         """Collate the rows of one micro-batch."""
@@ -130,7 +132,7 @@ class MixedCollator:
         if all_task:
             batch[TASK] = dict(self.task_collator(copy.copy(tasks or self._spare_tasks())))
         if all_replay:
-            batch[REPLAY] = self.replay_batch(replay or [self.spare_replay])
+            batch[REPLAY] = self.replay_batch(replay or self._spare_replay)
         batch[ROWS] = (*here, all_task, all_replay)  # numbers, not a tensor: reading one would wait for the device
         return batch | _flat_tokens(batch.get(TASK), here[0])
 
@@ -144,13 +146,8 @@ class MixedCollator:
         """
         batch: dict[str, Any] = {TASK: task, ROWS: tuple(counts)}
         if counts.all_replay:
-            batch[REPLAY] = self.replay_batch(indices or [self.spare_replay])
+            batch[REPLAY] = self.replay_batch(indices or self._spare_replay)
         return batch | _flat_tokens(task, counts.task)
-
-    @property
-    def spare_replay(self) -> int:
-        """The shortest replay row, for a rank that has none in a micro-step in which others do."""
-        return min(range(len(self.rows)), key=lambda row: len(self.rows[row]))
 
     def _spare_tasks(self) -> list[Any]:
         if self.spare is None:
@@ -194,14 +191,13 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
 
 def countable_tasks(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Task parts of the micro-batches of a step; a spare row learns nothing there, so that its tokens count 0."""
-    found = []
-    for sample in samples:
-        task = sample.get(TASK)
-        if task is not None and not sample[ROWS][0] and isinstance(task.get("labels"), Tensor):
-            task = {**task, "labels": torch.full_like(task["labels"], -100)}
-        if task is not None:
-            found.append(task)
-    return found
+    return [_spared(sample[TASK], sample[ROWS][0]) for sample in samples if TASK in sample]
+
+
+def _spared(task: dict[str, Any], rows: int) -> dict[str, Any]:
+    if rows or not isinstance(task.get("labels"), Tensor):
+        return task
+    return {**task, "labels": torch.full_like(task["labels"], -100)}
 
 
 def _flat_tokens(task: dict[str, Any] | None, rows: int) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ class ReplayRun:
         self.adding = True
 
     def add_rows(
-        self, samples: Sequence[Any], *, step: int, seed: int, rows: int, accumulation: int, rank: int, ranks: int
+        self, samples: Sequence[Any], *, step: int, seed: int, rows: int, accumulation: int, ranks: Ranks
     ) -> list[dict[str, Any]]:
         """Add the replay rows of an optimizer step to its micro-batches.
 
@@ -110,11 +110,10 @@ class ReplayRun:
             seed: Seed of the order of replay rows.
             rows: Task rows of a micro-batch, as the trainer was told.
             accumulation: Micro-batches of a whole step; the last one of an epoch may be shorter.
-            rank: This rank.
-            ranks: Number of ranks.
+            ranks: The processes of the run.
         """
-        if self._collator is None or not samples:
-            return list(samples)
+        if self._collator is None:
+            raise RuntimeError("replay rows are added before get_train_dataloader")
         plan = added_rows(
             len(self._collator.rows),
             -(-self.replay_per_batch * len(samples) // max(accumulation, len(samples))),
@@ -122,11 +121,14 @@ class ReplayRun:
             start=step * self.replay_per_batch,
             micro_steps=len(samples),
             micro_batch_size=rows,
-            world_size=ranks,
+            world_size=ranks.count,
         )
-        counts = [RowCounts(rows, len(shares[rank]), rows * ranks, sum(map(len, shares))) for shares in plan]
-        parts = zip(samples, counts, plan, strict=True)
-        return [self._collator.add(dict(sample), count, shares[rank]) for sample, count, shares in parts]
+        batches = []
+        for sample, shares in zip(samples, plan, strict=True):
+            own = shares[ranks.index]
+            counts = RowCounts(rows, len(own), rows * ranks.count, sum(map(len, shares)))
+            batches.append(self._collator.add(dict(sample), counts, own))
+        return batches
 
     def prepare(self, model: ReadyModel, tokenizer: Any, *, resumed: bool, progress: bool) -> None:
         """Open or build the anchor.

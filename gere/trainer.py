@@ -103,7 +103,7 @@ class GeReMixin(_Parent):
             return super().get_train_dataloader()
 
     def _gere_sampler(self, dataset: MixedDataset, parent: Any) -> Sampler[Any]:
-        ranks = self._gere_ranks
+        ranks = self.accelerator.num_processes
         sampler = BatchInsertionSampler(
             dataset.num_task,
             dataset.num_replay,
@@ -127,29 +127,24 @@ class GeReMixin(_Parent):
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
         if not samples or not self._gere.active:
             return samples, items
+        ranks = _compat.ranks_of(self)
         if self._gere.adding:
-            step, (rank, ranks) = self.state.global_step, (self.accelerator.process_index, self._gere_ranks)
             samples = self._gere.add_rows(
                 samples,
-                step=step,
+                step=self.state.global_step,
                 seed=self._gere_seed,
                 rows=self._train_batch_size,
                 accumulation=self.args.gradient_accumulation_steps,
-                rank=rank,
                 ranks=ranks,
             )
             items = items if _compat.loss_uses_count(self) else None
-        rows = [RowCounts(*sample.get(ROWS, (0, 0, 0, 0))) for sample in samples]
-        if not self._gere.adding:
-            checks.require_replay(self, rows)
+        else:
+            checks.require_replay(self, samples)
             items = _compat.count_items(self, super().get_batch_samples, countable_tasks(samples), *args, **kwargs)
+        rows = [RowCounts(*sample[ROWS]) for sample in samples]
         divisor = len(samples) if _compat.divides_by_accumulation(self, items) else None
-        self._gere.begin_step(rows, self._gere_ranks, divisor, own_mean=not _compat.counts_over_ranks(self))
+        self._gere.begin_step(rows, ranks.count, divisor, own_mean=not _compat.counts_over_ranks(self))
         return samples, items
-
-    @property
-    def _gere_ranks(self) -> int:
-        return self.accelerator.num_processes
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
         """Loss of the parent for a plain batch; for a mixed one, its parts with their shares of the step."""

@@ -247,7 +247,7 @@ def test_another_format_is_refused_by_name(anchor):
 def test_fields_that_differ_are_named(tmp_path):
     built = []
 
-    def build(folder):
+    def build(folder, leads):
         built.append(folder)
         build_anchor(folder, plan_of(toy_rows(), fields=fields), ToyModel(), progress=False)
 
@@ -389,7 +389,7 @@ def test_an_anchor_under_another_name_is_refused(tmp_path):
     with pytest.raises(CacheCorruptError, match="name of another"):
         open_named(tmp_path, key_of(other), {"texts": "t"})
     with pytest.raises(CacheCorruptError, match="name of another"):
-        open_or_build(tmp_path, other, lambda folder: None, reuse=True)
+        open_or_build(tmp_path, other, lambda folder, leads: None, reuse=True)
 
 
 KILL_SCRIPT = """

@@ -13,14 +13,14 @@ from gere.cache.distil import Part, distil_parts, measure_noise
 from gere.cache.encode import encode
 from gere.cache.files import make_folder, sha256, sync_folder
 from gere.cache.plan import BuildPlan, Distil, parts_of
-from gere.cache.shares import leads_disk, spread_files
+from gere.cache.shares import spread_files
 from gere.cache.store import MANIFEST, read_manifest, verify_files
 from gere.errors import CacheCorruptError, CacheError
 from gere.ranks import ALONE, Ranks
 
 
 def build_anchor(
-    folder: Path, plan: BuildPlan, distil: Distil, *, ranks: Ranks = ALONE, progress: bool = True
+    folder: Path, plan: BuildPlan, distil: Distil, *, ranks: Ranks = ALONE, leads: bool = True, progress: bool = True
 ) -> None:
     """Build an anchor at `folder`, going on from the parts that an earlier, killed build left.
 
@@ -32,6 +32,7 @@ def build_anchor(
         plan: What to build.
         distil: Runs the base model on rows of token ids, padded on the right.
         ranks: All processes; each must call this.
+        leads: Whether this process writes for its disk.
         progress: Show a progress bar over the tokens.
 
     Raises:
@@ -41,7 +42,6 @@ def build_anchor(
     """
     partial = partial_folder(folder)
     ranks.together(lambda: make_folder(partial))
-    leads = leads_disk(partial, ranks)
     complete = ranks.ask(lambda: _is_complete(partial))
     if not any(complete):
         noise = measure_noise(partial, plan, distil, ranks) if plan.keep_regions else None

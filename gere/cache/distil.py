@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 from gere.cache.codec import PER_BYTE
 from gere.cache.files import require_space, sha256
 from gere.cache.parts import load_part, read_part, store_part
-from gere.cache.plan import BuildPlan, Distil, Distilled
+from gere.cache.plan import BuildPlan, Distil, Distilled, shortest_row
 from gere.cache.shares import deal
 from gere.errors import NonFiniteStateError
 from gere.ranks import Ranks
@@ -119,19 +118,22 @@ def distil_parts(parts: Sequence[Part], plan: BuildPlan, distil: Distil, ranks: 
         NonFiniteStateError: If the model gives NaN or infinite values.
         RankFailedError: If another process failed.
     """
-    owners, stored = deal(ranks.together(lambda: [part.is_stored() for part in parts]), ranks)
+    owners, stored = deal(ranks.ask(lambda: [part.is_stored() for part in parts]))
     missing = [(part, owner) for part, owner, there in zip(parts, owners, stored, strict=True) if not there]
     queues = [
         [(part, batch) for part, owner in missing if owner == rank for batch in part.batches]
         for rank in range(ranks.count)
     ]
-    spare = [min(range(len(plan.rows)), key=lambda row: len(plan.rows[row]))]
+    spare = [shortest_row(plan.rows)]
+
+    def one_batch(part: Part | None, batch: list[int]) -> None:
+        output = _call(ranks, distil, [plan.rows[row] for row in batch], needed=part is not None)
+        ranks.together(lambda: part.take(batch, output, plan) if part and output else None)
+
     total, left = (sum(part.tokens for part in some) for some in (parts, [part for part, _ in missing]))
     with tqdm(total=total, initial=total - left, unit="tok", desc="anchor", disable=not progress) as bar:
         for turn in itertools.zip_longest(*queues):
-            part, batch = turn[ranks.index] or (None, spare)
-            output = _call(ranks, distil, [plan.rows[row] for row in batch], needed=part is not None)
-            ranks.together(functools.partial(part.take, batch, output, plan) if part and output else _nothing)
+            one_batch(*(turn[ranks.index] or (None, spare)))
             bar.update(sum(len(plan.rows[row]) for step in turn if step for row in step[1]))
     return owners
 
@@ -144,10 +146,6 @@ def _call(ranks: Ranks, distil: Distil, rows: Sequence[Sequence[int]], *, needed
     if ranks.lockstep:
         return distil(rows)
     return ranks.together(lambda: distil(rows) if needed else None)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _require_finite(state: Tensor, ce: Tensor, batch: list[int]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -18,6 +18,8 @@ from gere.cache.plan import BuildPlan
 from gere.cache.shares import spread_files
 from gere.cache.store import BANDS, MANIFEST, ROWS, manifest_bytes, shard_name
 from gere.ranks import Ranks
+
+T = TypeVar("T")
 
 
 def encode(
@@ -47,20 +49,18 @@ def encode(
     """
     mine = [part for part, owner in zip(parts, owners, strict=True) if owner == ranks.index]
     bands = None if noise is None else _bands(plan, mine, noise, ranks)
-    encoded = ranks.together(lambda: {part.number: _encode_part(partial, part, bands) for part in mine})
-    merged: dict[int, _Encoded] = {}
-    for some in ranks.gather(encoded):
-        merged |= some
-    files: dict[str, str] = {}
-    if bands is not None:
-        files = {shard_name(number): merged[number].digest for number in range(len(parts))}
-        spread_files(
-            partial,
-            {shard_name(number): (merged[number].digest, owners[number]) for number in range(len(parts))},
-            ranks,
-            leads=leads,
-        )
-    ranks.together(lambda: _finish(partial, plan, [merged[part.number] for part in parts], bands, files, leads))
+    encoded = _in_order(ranks.ask(lambda: {part.number: _encode_part(partial, part, bands) for part in mine}))
+    held = zip([part.digest for part in encoded], owners, strict=True)
+    shards = {shard_name(number): place for number, place in enumerate(held)} if bands is not None else {}
+    spread_files(partial, shards, ranks, leads=leads)
+    digests = {name: digest for name, (digest, _) in shards.items()}
+    ranks.together(lambda: _finish(partial, plan, encoded, bands, digests) if leads else None)
+
+
+def _in_order(answers: Sequence[Mapping[int, T]]) -> list[T]:
+    """What the ranks say about their parts, in the order of the parts."""
+    found = {number: value for some in answers for number, value in some.items()}
+    return [found[number] for number in sorted(found)]
 
 
 class _Encoded(NamedTuple):
@@ -73,13 +73,9 @@ class _Encoded(NamedTuple):
 
 def _bands(plan: BuildPlan, mine: Sequence[Part], noise: Tensor, ranks: Ranks) -> Bands:
     """Bands of all states; the moments of the parts are merged in their order, whoever has them."""
-    own = ranks.together(lambda: {part.number: Moments.of(part.read()["state"]) for part in mine})
-    found: dict[int, Moments] = {}
-    for some in ranks.gather(own):
-        found |= some
     moments = Moments.empty(len(noise))
-    for number in sorted(found):
-        moments = moments.merge(found[number])
+    for own in _in_order(ranks.ask(lambda: {part.number: Moments.of(part.read()["state"]) for part in mine})):
+        moments = moments.merge(own)
     return mean_std_bands(moments, plan.band_width, plan.std_floor, noise)
 
 
@@ -97,12 +93,9 @@ def _finish(
     plan: BuildPlan,
     encoded: Sequence[_Encoded],
     bands: Bands | None,
-    shards: dict[str, str],
-    leads: bool,
+    shards: Mapping[str, str],
 ) -> None:
     """Write bands, index and manifest to this process's disk."""
-    if not leads:
-        return
     count = len(plan.rows)
     index = {"tokens": torch.tensor([len(row) for row in plan.rows], dtype=torch.int32), "base_ce": torch.zeros(count)}
     files = dict(shards)

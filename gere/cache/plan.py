@@ -59,6 +59,11 @@ def batches_by_length(rows: Sequence[Sequence[int]], batch_tokens: int) -> Itera
         yield batch
 
 
+def shortest_row(rows: Sequence[Sequence[int]]) -> int:
+    """Index of the shortest row: what a rank without rows of its own runs, so that the others need not wait."""
+    return min(range(len(rows)), key=lambda row: len(rows[row]))
+
+
 def parts_of(plan: BuildPlan, dim: int) -> Iterator[list[list[int]]]:
     """Group batches into parts of at most `PART_BYTES` of float32 states, and into enough parts to share them out."""
     budget = min(PART_BYTES // (4 * max(1, dim)), sum(map(len, plan.rows)) // LEAST_PARTS)

@@ -67,14 +67,15 @@ def open_named(root: Path, key: str, fields: Mapping[str, str], ranks: Ranks = A
 
 
 def open_or_build(
-    root: Path, fields: Mapping[str, str], build: Callable[[Path], None], *, reuse: bool, ranks: Ranks = ALONE
+    root: Path, fields: Mapping[str, str], build: Callable[[Path, bool], None], *, reuse: bool, ranks: Ranks = ALONE
 ) -> Anchor:
     """Open the anchor that belongs to `fields`, or build it if the cache folder holds none.
 
     Args:
         root: Cache folder.
         fields: What the anchor depends on.
-        build: Builds the anchor in the folder that it is given; called on every process.
+        build: Builds the anchor in the folder that it is given, and is told whether this process writes for its disk;
+            called on every process.
         reuse: Open what is there, and refuse a folder that holds only others. `False` builds anew.
         ranks: All processes; each must call this.
 
@@ -90,7 +91,7 @@ def open_or_build(
         with _locked(root, ranks) as leads:
             if not (reuse and any(ranks.ask(lambda: (folder / MANIFEST).exists()))):
                 ranks.together(lambda: _refuse_others(root, fields) if reuse else None)
-                build(folder)
+                build(folder, leads)
             spread_anchor(folder, ranks, leads=leads)
     return ranks.together(lambda: _open(folder))
 

@@ -39,21 +39,19 @@ def leads_disk(folder: Path, ranks: Ranks) -> bool:
     return min(seen) == ranks.index
 
 
-def deal(parts: Sequence[bool], ranks: Ranks) -> tuple[list[int], list[bool]]:
+def deal(present: Sequence[Sequence[bool]]) -> tuple[list[int], list[bool]]:
     """Which rank has each part: one that has it on its disk already, else the parts are dealt round.
 
     Args:
-        parts: Whether each part is on the disk of this process.
-        ranks: All processes; each must call this.
+        present: By rank, whether each part is on its disk.
 
     Returns:
-        A rank for each part, and whether it is on a disk already; the same lists on every process.
+        A rank for each part, and whether it is on a disk already.
     """
-    present = ranks.gather(list(parts))
     owners, stored, dealt = [], [], 0
-    for number in range(len(parts)):
-        holders = [rank for rank in range(ranks.count) if present[rank][number]]
-        owners.append(holders[number % len(holders)] if holders else dealt % ranks.count)
+    for number, flags in enumerate(zip(*present, strict=True)):
+        holders = [rank for rank, there in enumerate(flags) if there]
+        owners.append(holders[number % len(holders)] if holders else dealt % len(present))
         stored.append(bool(holders))
         dealt += not holders
     return owners, stored

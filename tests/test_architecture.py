@@ -22,7 +22,7 @@ RANKS = {
     **dict.fromkeys(["anchoring"], 5),
     **dict.fromkeys(["run", "callbacks"], 6),
     **dict.fromkeys(["trainer"], 7),
-    **dict.fromkeys(["integrations"], 8),
+    **dict.fromkeys(["integrations", "cli"], 8),
 }
 FORBIDDEN = {
     "arguments": {"torch", "transformers", "pathlib"},

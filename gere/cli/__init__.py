@@ -1,0 +1,8 @@
+"""The command `gere`: replay files and anchors without a training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+COMMANDS: tuple[Callable[[Any], None], ...] = ()

@@ -150,7 +150,7 @@ def parse_layers(layers: str | Sequence[int], depth: int | None) -> tuple[int, .
     every = words[0] == EVERY and len(words) == 2 if words else False
     numbers = [int(word) for word in words[every:] if word.isdigit() and int(word) > 0]
     most = depth or math.inf
-    sound = words == [LAST] or (len(numbers) == len(words) - every > 0 and max(numbers) <= most)
+    sound = words == [LAST] or (len(numbers) == len(words) - every > 0 and (every or max(numbers) <= most))
     expected = '"last", "every N", or numbers of layers' + ("" if depth is None else f" from 1 to {depth}")
     require(sound, "gere_config.layers", expected, layers)
     if depth is None:

@@ -331,6 +331,6 @@ def _split(scaled: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     norm = scaled.logsumexp(dim=-1)
     log_probs = scaled.gather(-1, ids) - norm.unsqueeze(-1)
     if ids.shape[-1] == scaled.shape[-1]:
-        return log_probs, torch.full_like(norm, torch.finfo(norm.dtype).min)
+        return log_probs, torch.full_like(norm, torch.finfo(torch.float32).min)
     others = scaled.scatter(-1, ids, -torch.inf)  # 1 - the sum of the kept would lose all digits of a small rest
     return log_probs, others.logsumexp(dim=-1) - norm

@@ -46,7 +46,7 @@ def test_same_fields_and_defaults_as_the_trainer_and_its_config():
 def test_same_types_as_the_config():
     ours = get_type_hints(GeReArguments)
     theirs = {f"gere_{name}": hint for name, hint in get_type_hints(GeReConfig).items()}
-    assert {name: ours[name] for name in theirs} == theirs | {"gere_replay_dataset": str | None}
+    assert {name: ours[name] for name in theirs} == theirs | {"gere_replay_dataset": str | None, "gere_layers": str}
 
 
 def test_every_field_has_a_help_and_the_help_is_shown(parser, capsys):

@@ -1,0 +1,1 @@
+"""Measurements of gere; each module is a command, `python -m benchmarks.NAME --help`."""

@@ -77,7 +77,7 @@ class ReplayRun:
             load = lambda: load_replay_set(self.config, tokenizer, self.folder)  # noqa: E731
             self._replay_set = ranks.first_here_first(load)
             fields = ranks.gather(self._replay_set.fields)
-            ranks.together(lambda: _require_same_texts(fields))
+            ranks.together(lambda: require_same_texts(fields))
         return self._replay_set
 
     def collator(self, task_collator: Any, tokenizer: Any, spare: Callable[[], Any] | None = None) -> MixedCollator:
@@ -193,7 +193,7 @@ class ReplayRun:
             write_key(folder, key)
 
 
-def _require_same_texts(fields: Sequence[Mapping[str, str]]) -> None:
+def require_same_texts(fields: Sequence[Mapping[str, str]]) -> None:
     """Refuse a replay set that differs between machines, whose files need not be the same."""
     for rank, other in enumerate(fields):
         names = [name for name in other if other[name] != fields[0].get(name)]

@@ -20,7 +20,7 @@ RANKS = {
     **dict.fromkeys(["replay", "collator"], 3),
     **dict.fromkeys(["base_model", "checks", "evaluation", "objective"], 4),
     **dict.fromkeys(["anchoring"], 5),
-    **dict.fromkeys(["run", "callbacks"], 6),
+    **dict.fromkeys(["run", "callbacks", "named"], 6),
     **dict.fromkeys(["trainer"], 7),
     **dict.fromkeys(["integrations", "cli"], 8),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -12,9 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY, load_tiny
 from filelock import FileLock
+from peft import LoraConfig, get_peft_model
 from test_lora import with_lora
+from transformers import AutoModelForCausalLM
 
 from gere.base_model import BaseModel
 from gere.cache.fingerprint import text_digest
@@ -103,6 +107,26 @@ def test_training_opens_what_was_built_and_runs_the_base_model_on_no_row(
     trainer.train()
     assert not calls and anchors(tmp_path / "gere_saving") == before
     assert trainer.state.log_history[0]["gere/tm"] == 0.0
+
+
+def test_a_model_that_was_saved_quantized(build, make_trainer, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from test_qlora import quantized
+
+    quantized().save_pretrained(tmp_path / "nf4")
+    assert build("--model", str(tmp_path / "nf4"), "--tokenizer", str(TINY), "--dtype", "float32") == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    make_trainer(model=get_peft_model(loaded, lora)).train()
+    assert anchors(tmp_path / "built") == anchors(tmp_path / "gere_saving")
+
+
+def test_a_padding_token_that_the_script_sets(build, make_trainer, tmp_path, tokenizer):
+    assert build("--pad-token", tokenizer.eos_token) == 0
+    own = copy.deepcopy(tokenizer)
+    own.pad_token = own.eos_token
+    make_trainer(processing_class=own).train()
+    assert anchors(tmp_path / "built") == anchors(tmp_path / "gere_saving")
 
 
 def test_second_build_opens_and_says_so(build, tmp_path, capsys, calls):
@@ -424,6 +448,26 @@ def test_gc_refuses_a_folder_in_which_an_anchor_is_built(cache, tmp_path, capsys
     assert run(f"cache gc {root} --yes", capsys)[0] == 0
 
 
+def test_gc_killed_halfway_leaves_no_half_of_an_anchor(cache, capsys, tmp_path, monkeypatch):
+    root, keys = cache
+    (tmp_path / "out").mkdir()
+
+    def killed(path, **settings):
+        if path.name.startswith(f"anchor-{keys[1]}") and not settings:
+            next(path.glob("regions-*")).unlink()
+            raise KeyboardInterrupt
+
+    words = f"cache gc {root} --runs {tmp_path / 'out'} --yes"
+    with monkeypatch.context() as patch:
+        patch.setattr("gere.cache.collect.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(words, capsys)
+    assert not (root / f"anchor-{keys[1]}").exists() and (root / f"anchor-{keys[1]}.retired").exists()
+    assert run(f"cache verify {root}", capsys)[0] == 0
+    assert run(words, capsys)[0] == 0
+    assert not list(root.glob("anchor-*"))
+
+
 def test_gc_of_damaged_things(cache, tmp_path, capsys):
     root, keys = cache
     name_anchor(tmp_path / "out", keys[0])
@@ -463,5 +507,6 @@ def test_commands_of_the_readme(tmp_path, capsys, monkeypatch):
     commands = [line.split("#")[0].split() for line in block.replace("\\\n", " ").splitlines()]
     assert [words[2] for words in commands] == ["build", "info", "verify", "gc"]
     for words in commands:
-        assert words[0] == "gere" and run(" ".join(words[1:]), capsys)[0] == 0
+        status, _, error = run(" ".join(words[1:]), capsys)
+        assert (words[0], status) == ("gere", 0), error
     assert len(list(Path("gere_saving").glob("anchor-*"))) == 1

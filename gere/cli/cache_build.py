@@ -67,8 +67,9 @@ def _replay_set(wish: AnchorWish, tokenizer: Any, ranks: Ranks) -> ReplaySet:
 
 def _ready(model: Any, prepared: Prepared, ranks: Ranks) -> ReadyModel:
     accelerator = prepared.accelerator
+    placed = model if getattr(model, "is_quantized", False) else model.to(prepared.device)
     return ReadyModel(
-        inner=accelerator.prepare_model(model.to(prepared.device), evaluation_mode=True),
+        inner=accelerator.prepare_model(placed, evaluation_mode=True),
         device=prepared.device,
         autocast=accelerator.autocast,
         precision=precision_name(accelerator.mixed_precision, prepared.tf32),

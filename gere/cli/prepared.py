@@ -51,7 +51,7 @@ def prepare(precision: str, *, tf32: bool, cpu: bool) -> Iterator[Prepared]:
             "This machine cannot compute in the precision of the training.",
             where="--precision, --tf32, --device",
             found=f"{type(error).__name__}: {error}",
-            fix="Build the anchor on a machine like the one that trains.",
+            fix="Build the anchor on a machine like the one that trains; if that sets use_cpu, say --device cpu.",
         ) from error
     try:
         _refuse_sharding(accelerator)

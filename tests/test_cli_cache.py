@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from gere.cache.fingerprint import text_digest
 from gere.cache.store import manifest_bytes
 from gere.cli.main import main, make_parser
 from gere.cli.settings import read_settings
+from gere.named import keys_in_runs
 
 HEAVY = "print('heavy:', *sorted({'torch', 'transformers', 'datasets', 'yaml'} & set(sys.modules)))"
 KEYS = [letter * 32 for letter in "abcdef"]
@@ -293,6 +295,25 @@ def test_info_as_json(cache, capsys):
     assert len(held["replay_files"]) == 3 and len(held["leftovers"]) == 4
 
 
+def test_info_tells_how_far_a_killed_build_is_and_build_goes_on(build, tmp_path, capsys, monkeypatch):
+    original, batches = BaseModel.__call__, itertools.count()
+
+    def killed(self, rows):
+        if next(batches) == 9:
+            raise KeyboardInterrupt
+        return original(self, rows)
+
+    small = ["--set", "anchor_batch_tokens=100"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BaseModel, "__call__", killed)
+        build(*small)
+    held = json.loads(run(f"cache info {tmp_path / 'built'} --json", capsys)[1])
+    (unfinished,) = held["unfinished"]
+    assert not held["anchors"] and 0 < unfinished["rows"] < 24 and unfinished["parts"] > 0
+    assert build(*small) == 0 and build(*small, folder="at once") == 0
+    assert anchors(tmp_path / "built") == anchors(tmp_path / "at once")
+
+
 def test_info_of_one_anchor_and_of_a_damaged_one(cache, capsys, monkeypatch):
     root, keys = cache
     folder = root / f"anchor-{keys[1]}"
@@ -416,6 +437,7 @@ def test_gc_finds_runs_through_links(cache, tmp_path, capsys):
     (tmp_path / "out" / "linked").symlink_to(tmp_path / "disk", target_is_directory=True)
     (tmp_path / "disk" / "round").symlink_to(tmp_path / "out", target_is_directory=True)
     shown = run(f"cache gc {root} --runs {tmp_path / 'out'}", capsys)[1]
+    assert [len(holders) for holders in keys_in_runs([tmp_path / "out"]).values()] == [1, 1, 1], "each is seen once"
     assert "Runs name 3 anchors" in shown and not any(f"anchor-{key}" in listed(shown) for key in keys)
 
 
@@ -451,11 +473,13 @@ def test_gc_refuses_a_folder_in_which_an_anchor_is_built(cache, tmp_path, capsys
 def test_gc_killed_halfway_leaves_no_half_of_an_anchor(cache, capsys, tmp_path, monkeypatch):
     root, keys = cache
     (tmp_path / "out").mkdir()
+    rmtree = shutil.rmtree
 
     def killed(path, **settings):
         if path.name.startswith(f"anchor-{keys[1]}") and not settings:
             next(path.glob("regions-*")).unlink()
             raise KeyboardInterrupt
+        rmtree(path, **settings)
 
     words = f"cache gc {root} --runs {tmp_path / 'out'} --yes"
     with monkeypatch.context() as patch:
@@ -471,8 +495,10 @@ def test_gc_killed_halfway_leaves_no_half_of_an_anchor(cache, capsys, tmp_path, 
 def test_gc_of_damaged_things(cache, tmp_path, capsys):
     root, keys = cache
     name_anchor(tmp_path / "out", keys[0])
-    (root / f"anchor-{keys[0]}" / "manifest.json").write_bytes(b"{")
     (root / "replay-1.jsonl").write_bytes(b"{")
+    shown = listed(run(f"cache gc {root} --runs {tmp_path / 'out'}", capsys)[1])
+    assert "replay-2.jsonl" in shown and "replay-1.jsonl" not in shown, "what cannot be read stays"
+    (root / f"anchor-{keys[0]}" / "manifest.json").write_bytes(b"{")
     (root / f"anchor-{keys[1]}" / "manifest.json").write_bytes(b"{")
     shown = listed(run(f"cache gc {root} --runs {tmp_path / 'out'}", capsys)[1])
     assert f"anchor-{keys[1]}" in shown and f"anchor-{keys[0]}" not in shown

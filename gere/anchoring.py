@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,16 +12,33 @@ import torch
 from torch import nn
 
 from gere.base_model import BaseModel
-from gere.cache import Anchor, BuildPlan, build_anchor, open_named, open_or_build
+from gere.cache import (
+    Anchor,
+    BandRule,
+    BuildPlan,
+    Likeliest,
+    Live,
+    Losses,
+    MeanStd,
+    Quantiles,
+    Regions,
+    States,
+    Target,
+    build_anchor,
+    open_named,
+    open_or_build,
+)
 from gere.cache.files import canonical_json, folder_errors, write_atomic
 from gere.cache.fingerprint import architecture_digest, precision_of, weights_digest
-from gere.config import GeReConfig
+from gere.config import GeReConfig, parse_layers, require
 from gere.errors import CacheCorruptError, CacheMissingError, ConfigError, ReplaySetError
 from gere.ranks import Ranks
 from gere.replay import ReplaySet
 from gere.sharded import whole_shape
+from gere.states import depth_of, is_adapted
 
 ANCHOR_FILE = "gere_anchor.json"
+LIVE = "live"
 
 
 class ReadyModel(NamedTuple):
@@ -90,27 +107,49 @@ def find_anchor(wish: AnchorWish, model: ReadyModel, replay: ReplaySet, *, resum
         )
 
     def build(folder: Path, leads: bool) -> None:
-        base = BaseModel(model.inner, replay.pad_id, model.device, model.autocast, whole=model.ranks.lockstep)
-        plan = _plan(wish.config, fields, replay)
+        base = base_model(wish.config, model, replay)
+        plan = BuildPlan(fields, replay.rows, target_of(wish.config, model.inner), wish.config.anchor_batch_tokens)
         build_anchor(folder, plan, base, ranks=model.ranks, leads=leads, progress=progress)
 
     return open_or_build(wish.folder, fields, build, reuse=wish.reuse, ranks=model.ranks)
 
 
-def _plan(config: GeReConfig, fields: Mapping[str, str], replay: ReplaySet) -> BuildPlan:
-    return BuildPlan(
-        fields=fields,
-        rows=replay.rows,
-        keep_regions=config.replay_strategy == "tm",
-        band_width=config.band_width,
-        std_floor=config.std_floor,
-        batch_tokens=config.anchor_batch_tokens,
-    )
+def base_model(config: GeReConfig, model: ReadyModel, replay: ReplaySet) -> BaseModel:
+    """The base model as a function of replay rows."""
+    target = target_of(config, model.inner)
+    return BaseModel(model.inner, replay.pad_id, model.device, target, model.autocast, whole=model.ranks.lockstep)
+
+
+def target_of(config: GeReConfig, model: nn.Module) -> Target:
+    """What the strategy keeps of the base model.
+
+    Raises:
+        ConfigError: If it asks for layers that the model does not have, or for a live base that is not there.
+    """
+    depth = depth_of(model)
+    target: Target = Losses()
+    if config.replay_strategy == "tm":
+        layers = parse_layers(config.layers, depth)
+        target = Regions(layers, depth, [_rule(config, layer == depth) for layer in layers])
+    elif config.replay_strategy in ("l1", "l2"):
+        target = States(depth)
+    elif config.replay_strategy == "kl":
+        target = Likeliest(config.kl_top_k, config.kl_temperature)
+    if config.anchor != LIVE:
+        return target
+    require(is_adapted(model), "gere_config.anchor", 'a PEFT model for "live"', type(model).__name__)
+    return Live(target)
+
+
+def _rule(config: GeReConfig, is_last: bool) -> BandRule:
+    if is_last and config.bands == "mean_std":
+        return MeanStd(config.band_width, config.std_floor)
+    return Quantiles(config.lower_quantile, config.upper_quantile)
 
 
 def _named_key(wish: AnchorWish, model: ReadyModel, resumed: bool) -> str | None:
     """Key that the user, the checkpoint or the folder of the loaded model names."""
-    if wish.config.anchor != "auto":
+    if wish.config.anchor not in ("auto", LIVE):
         return wish.config.anchor.removeprefix("anchor-")
     if resumed:
         return read_key(wish.checkpoint)
@@ -128,15 +167,14 @@ def _named_key(wish: AnchorWish, model: ReadyModel, resumed: bool) -> str | None
 
 def _fields(config: GeReConfig, model: ReadyModel, replay: ReplaySet, *, weights_moved: bool) -> dict[str, str]:
     """What the anchor depends on, in the order in which a difference is reported."""
-    bands = f"mean +- {config.band_width:g} std, floor {config.std_floor:g}"
+    target = target_of(config, model.inner)
     weights = {} if weights_moved else {"weights": weights_digest(model.inner, model.ranks)}
-    kept = {"tm": "regions of the last layer", "ce": "losses only"}[config.replay_strategy]
     return {
-        "strategy": kept,
+        "strategy": target.field,
         "architecture": architecture_digest(model.inner),
         **weights,
         **replay.fields,
-        **({"bands": bands} if config.replay_strategy == "tm" else {}),
+        **target.fields,
         "dtype": f"{precision_of(model.inner)}, {model.precision}",
     }
 

@@ -55,8 +55,10 @@ class GeReArguments:
     )
     gere_max_length: int = _option(563, "Longest replay row in tokens; longer texts are cut.")
     gere_add_bos: bool | None = _option(None, "Begin each row with the BOS token; nothing for the tokenizer's habit.")
-    gere_replay_strategy: Literal["tm", "ce", "none"] = _option(
-        "tm", "tm for cross-entropy and margin, ce for cross-entropy alone, none for no replay."
+    gere_replay_strategy: Literal["tm", "ce", "kl", "l1", "l2", "none"] = _option(
+        "tm",
+        "What the cross-entropy of the replay rows gets beside it: tm a margin, kl a divergence of the logits, "
+        "l1 or l2 a difference of the states, ce nothing; none for no replay.",
     )
     gere_replay_mode: Literal["auto", "replace", "add"] = _option(
         "auto", "Replay rows replace task rows of a step, or are added to them; auto adds where it has to."
@@ -64,9 +66,21 @@ class GeReArguments:
     gere_normalization: Literal["violations", "elements"] = _option(
         "violations", "What the margin of a row is divided by: its violated elements, or all of them."
     )
+    gere_layers: str = _option(
+        "last", "States that tm holds: last, every N (and the last), or numbers of layers such as 6,12."
+    )
+    gere_bands: Literal["mean_std", "quantile"] = _option(
+        "mean_std", "Bands of the last layer: around the mean, or between two quantiles."
+    )
     gere_band_width: float = _option(1.0, "Half the width of the neutral band, in standard deviations.")
     gere_std_floor: float = _option(1e-3, "Least standard deviation, as a share of the root mean square of them all.")
-    gere_anchor: str = _option("auto", "Key of an anchor, for a tuned model that does not name its own.")
+    gere_lower_quantile: float = _option(0.16, "Share of the negative region where bands lie between quantiles.")
+    gere_upper_quantile: float = _option(0.84, "1 - share of the positive region, likewise.")
+    gere_kl_top_k: int = _option(64, "Likeliest tokens that kl compares one by one; all others count as one.")
+    gere_kl_temperature: float = _option(2.0, "What kl divides the logits by.")
+    gere_anchor: str = _option(
+        "auto", "Key of an anchor, for a tuned model that does not name its own; live takes PEFT's base model itself."
+    )
     gere_anchor_batch_tokens: int = _option(8192, "Padded tokens of a forward pass while the anchor is built.")
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gere import _compat
-from gere.cache import Distilled
+from gere.cache import Distilled, Target
 from gere.collator import pad_rows
 from gere.errors import UnsupportedModelError
 from gere.losses import next_token_ce
@@ -26,6 +26,7 @@ class BaseModel:
         model: The model without its distributed wrapper.
         pad_id: Padding token.
         device: Where the model is.
+        target: What is kept of it.
         autocast: Makes the context in which training computes.
         whole: Call nothing but the whole model, since its weights are spread over processes.
     """
@@ -35,6 +36,7 @@ class BaseModel:
         model: nn.Module,
         pad_id: int,
         device: torch.device,
+        target: Target,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         *,
         whole: bool = False,
@@ -42,24 +44,44 @@ class BaseModel:
         self._model: Any = model
         self._pad_id = pad_id
         self._device = device
+        self._target = target
         self._autocast = autocast
         self._whole = whole
         self._head: nn.Module | None = None
         self._checked = False
+        self._reader = StateReader(model, target.layers)
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> Distilled:
-        """States and cross-entropies of rows of token ids."""
+        """What is kept of rows of token ids, and their cross-entropies."""
         batch = {name: part.to(self._device) for name, part in pad_rows(rows, self._pad_id).items()}
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        reader = StateReader(self._model)
-        with _compat.uncompiled(), self._as_base(), reader.reading():
+        lengths = [len(row) for row in rows]
+        with _compat.uncompiled(), self._as_base(), self._reader.reading() as reader:
             if not self._checked:
                 self._check(reader, ids[:1], mask[:1])
             if self._head is None:
                 logits = self._model(**batch, use_cache=False).logits
-                return Distilled(reader.state, next_token_ce(logits, ids, mask))
+                kept = [self._keep(row, n, logits[row, :n]) for row, n in enumerate(lengths)]
+                return Distilled(next_token_ce(logits, ids, mask), kept)
             self._model(**batch, use_cache=False, logits_to_keep=1)
-            return Distilled(reader.state, self._ce_by_head(self._head, reader.state, ids, mask))
+            both = [self._by_head(self._head, row, ids[row, :n]) for row, n in enumerate(lengths)]
+        return Distilled(torch.cat([ce for ce, _ in both]), [kept for _, kept in both])
+
+    def targets(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """What is kept of a padded batch, tensors of shape [b, t, *], to be taken in training."""
+        with _compat.uncompiled(), self._as_base(), self._reader.reading() as reader:
+            logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return self._target.keep(reader.states, logits)
+
+    def _keep(self, row: int, length: int, logits: Tensor | None) -> dict[str, Tensor]:
+        return self._target.keep([state[row, :length] for state in self._reader.states], logits)
+
+    def _by_head(self, head: nn.Module, row: int, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of a row with the logits of its real tokens alone, and what is kept of it."""
+        used = len(ids) if self._target.wants_logits else len(ids) - 1  # the last token predicts nothing
+        logits = head(self._reader.state[row, None, :used])
+        ce = next_token_ce(logits, ids[None], torch.ones_like(ids[None]))
+        return ce, self._keep(row, len(ids), logits[0])
 
     def _as_base(self) -> ExitStack:
         stack = ExitStack()
@@ -72,13 +94,13 @@ class BaseModel:
         return stack
 
     def _check(self, reader: StateReader, ids: Tensor, mask: Tensor) -> None:
-        """Compare the hook with `hidden_states[-1]`, and the head alone with the logits, once."""
+        """Compare the hooks with `hidden_states`, and the head alone with the logits, once."""
         outputs = self._model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
-        last = outputs.hidden_states[-1]
-        gap = (reader.state.float() - last.float()).abs().max().item()
+        read = [(reader.state, -1), *zip(reader.states, self._target.layers, strict=True)]
+        gap = max((state.float() - outputs.hidden_states[i].float()).abs().max().item() for state, i in read)
         if gap > TOLERATED_HOOK_DIFFERENCE:
             raise UnsupportedModelError(
-                "The state that the decoder gives is not the last hidden state.",
+                "The states that the layers give are not the hidden states of the model.",
                 where=type(self._model).__name__,
                 expected="equal tensors",
                 found=f"a largest difference of {gap:g}",
@@ -98,12 +120,3 @@ class BaseModel:
         except TypeError:
             return None
         return head
-
-    def _ce_by_head(self, head: nn.Module, state: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Cross-entropy of each row with the logits of one row at a time, real tokens only."""
-        lengths = mask.sum(dim=1).tolist()
-        rows = zip(state, ids, lengths, strict=True)
-        losses = [
-            next_token_ce(head(s[None, : n - 1]), i[None, :n], torch.ones_like(i[None, :n])) for s, i, n in rows
-        ]  # no logits for the last token, which predicts nothing
-        return torch.cat(losses)

@@ -18,6 +18,7 @@ from gere.sampler import Slot
 
 TASK, REPLAY, ROWS = "gere_task", "gere_replay", "gere_rows"
 TOKENS = ("input_ids", "attention_mask")
+TARGET = "target_"  # before the name of each stored target in a replay batch
 Collator = Callable[[list[Any]], dict[str, Any]]
 
 
@@ -158,15 +159,15 @@ class MixedCollator:
         """Pad replay rows on the right and add their stored targets.
 
         Returns:
-            `input_ids` and `attention_mask`, int64 [b, t]; with an anchor `base_ce`, float32 [b], and where it holds
-            regions `packed_regions`, uint8 [b, t, ceil(d / 4)].
+            `input_ids` and `attention_mask`, int64 [b, t]; with an anchor `base_ce`, float32 [b], and the targets that
+            it holds, [b, t, *], each with `target_` before its name.
         """
         batch = pad_rows([self.rows[index] for index in indices], self.pad_id)
         if self.anchor is not None:
             batch["base_ce"] = self.anchor.base_ce[list(indices)]
-            if self.anchor.dim:
-                codes = [self.anchor.packed_regions(index) for index in indices]
-                batch["packed_regions"] = pad_sequence(codes, batch_first=True)
+            targets = [self.anchor.targets(index) for index in indices]
+            for name in targets[0]:
+                batch[TARGET + name] = pad_sequence([target[name] for target in targets], batch_first=True)
         return batch
 
     def __getattr__(self, name: str) -> Any:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from gere.errors import ConfigError
 
-STRATEGIES = ("tm", "ce", "none")
+STRATEGIES = ("tm", "ce", "kl", "l1", "l2", "none")
+BANDS = ("mean_std", "quantile")
+LAST, EVERY = "last", "every"
 NORMALIZATIONS = ("violations", "elements")
 MODES = ("auto", "replace", "add")
 
@@ -27,16 +30,27 @@ class GeReConfig:
             and 1,000 of a hub data set.
         max_length: Longest replay row in tokens; longer texts are cut.
         add_bos: Whether a row begins with the BOS token. `None` leaves it to the tokenizer.
-        replay_strategy: `"tm"` (cross-entropy and threshold-based margin), `"ce"` (cross-entropy alone), or `"none"`
-            (no replay: the parent trainer, bit for bit).
+        replay_strategy: What is added to the cross-entropy of the replay rows: `"tm"` (threshold-based margin), `"kl"`
+            (divergence of the logits), `"l1"` or `"l2"` (difference of the last-layer states), or `"ce"`: nothing.
+            `"none"` replays nothing: the parent trainer, bit for bit.
         replay_mode: Whether the replay rows of a step `"replace"` task rows of it, or are added to them (`"add"`).
             `"auto"` replaces, and adds where it has to: streaming datasets, batch samplers, dispatched batches.
         normalization: What the margin of a row is divided by: its violated elements (`"violations"`, the official
             rule) or all its elements (`"elements"`).
-        band_width: k of the bands mu - k sigma and mu + k sigma.
+        layers: States that TM holds: of the `"last"` layer, of every n-th and the last (`"every 4"`), or of those in a
+            list (`[6, 12]` or `"6, 12"`, 1 for the first). Their distances are averaged, so that the weight keeps its
+            meaning. Inner layers, whose states are not normalised and have outliers, get quantile bands.
+        bands: Bands of the last layer: around the mean (`"mean_std"`), or between two quantiles (`"quantile"`).
+        band_width: k of the bands mu - k sigma and mu + k sigma. At 1, 16 % of a normal distribution lie in either of
+            the outer regions, at 0.5 31 %, at 2 2 %.
         std_floor: Smallest sigma, as a share of the root mean square of all sigma.
+        lower_quantile: Share of the negative region where bands lie between quantiles.
+        upper_quantile: 1 - share of the positive region, likewise.
+        kl_top_k: Likeliest tokens of each distribution that KL compares one by one; all others count as one.
+        kl_temperature: What KL divides the logits by.
         anchor: Key of the anchor to use, or `"auto"`: the one that the checkpoint or the loaded model names, else the
-            one that belongs to the model as it stands.
+            one that belongs to the model as it stands. `"live"`, with PEFT: nothing of each token is stored; the model
+            with its adapter disabled gives the targets, for one more forward pass of the replay rows in each step.
         anchor_batch_tokens: Padded tokens of one forward pass while the anchor is built.
 
     Raises:
@@ -53,33 +67,48 @@ class GeReConfig:
     replay_size: int | None = None
     max_length: int = 563
     add_bos: bool | None = None
-    replay_strategy: Literal["tm", "ce", "none"] = "tm"
+    replay_strategy: Literal["tm", "ce", "kl", "l1", "l2", "none"] = "tm"
     replay_mode: Literal["auto", "replace", "add"] = "auto"
     normalization: Literal["violations", "elements"] = "violations"
+    layers: str | Sequence[int] = LAST
+    bands: Literal["mean_std", "quantile"] = "mean_std"
     band_width: float = 1.0
     std_floor: float = 1e-3
+    lower_quantile: float = 0.16
+    upper_quantile: float = 0.84
+    kl_top_k: int = 64
+    kl_temperature: float = 2.0
     anchor: str = "auto"
     anchor_batch_tokens: int = 8192
 
     def __post_init__(self) -> None:
         """Check every field."""
-        closed = {"replay_strategy": STRATEGIES, "replay_mode": MODES, "normalization": NORMALIZATIONS}
+        closed = {
+            "replay_strategy": STRATEGIES,
+            "replay_mode": MODES,
+            "normalization": NORMALIZATIONS,
+            "bands": BANDS,
+        }
         for name, choices in closed.items():
             value = getattr(self, name)
             require(value in choices, f"gere_config.{name}", " or ".join(map(repr, choices)), value)
-        for name, least in (("max_length", 2), ("anchor_batch_tokens", 1), ("replay_size", 1)):
+        for name, least in (("max_length", 2), ("anchor_batch_tokens", 1), ("kl_top_k", 1), ("replay_size", 1)):
             value = getattr(self, name)
             optional = name == "replay_size" and value is None
             require(optional or _whole(value, least), f"gere_config.{name}", f"a whole number >= {least}", value)
-        for name in ("band_width", "std_floor"):
+        for name in ("band_width", "std_floor", "kl_temperature"):
             value = getattr(self, name)
             require(_finite(value) and value > 0, f"gere_config.{name}", "a finite number above 0", value)
+        quantiles = (self.lower_quantile, self.upper_quantile)
+        ordered = all(map(_finite, quantiles)) and 0 < quantiles[0] < quantiles[1] < 1
+        require(ordered, "gere_config.lower_quantile, upper_quantile", "0 < lower < upper < 1", quantiles)
+        parse_layers(self.layers, None)
         require(self.add_bos in (None, True, False), "gere_config.add_bos", "True, False or None", self.add_bos)
         for name in ("replay_split", "replay_column"):
             value = getattr(self, name)
             require(isinstance(value, str) and bool(value), f"gere_config.{name}", "a name", value)
         named = isinstance(self.anchor, str) and bool(self.anchor)
-        require(named, "gere_config.anchor", '"auto" or the key of an anchor', self.anchor)
+        require(named, "gere_config.anchor", '"auto", "live" or the key of an anchor', self.anchor)
 
 
 def parse_weight(w_strategy: float | str) -> float | Literal["dy"]:
@@ -102,6 +131,33 @@ def parse_weight(w_strategy: float | str) -> float | Literal["dy"]:
         weight = math.nan
     require(math.isfinite(weight) and weight >= 0, "w_strategy", 'a number >= 0, its string, or "dy"', w_strategy)
     return weight
+
+
+def parse_layers(layers: str | Sequence[int], depth: int | None) -> tuple[int, ...]:
+    """Read `layers`.
+
+    Args:
+        layers: `"last"`, `"every N"`, or numbers from 1, as a sequence or as a string with commas.
+        depth: Number of layers of the model; `None` if it is not known yet.
+
+    Returns:
+        Numbers of layers, ascending; empty while the depth is not known.
+
+    Raises:
+        ConfigError: If it is none of these, or a number is greater than the depth.
+    """
+    words = layers.replace(",", " ").split() if isinstance(layers, str) else [str(layer) for layer in layers]
+    every = words[0] == EVERY and len(words) == 2 if words else False
+    numbers = [int(word) for word in words[every:] if word.isdigit() and int(word) > 0]
+    most = depth or math.inf
+    sound = words == [LAST] or (len(numbers) == len(words) - every > 0 and max(numbers) <= most)
+    expected = '"last", "every N", or numbers of layers' + ("" if depth is None else f" from 1 to {depth}")
+    require(sound, "gere_config.layers", expected, layers)
+    if depth is None:
+        return ()
+    if words == [LAST]:
+        return (depth,)
+    return tuple(sorted(range(depth, 0, -numbers[0]) if every else set(numbers)))
 
 
 def parse_replay_per_batch(num_interpolate_per_batch: int | None) -> int:

@@ -142,17 +142,195 @@ def _ce_sum(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.view(targets.shape).sum(dim=1)
 
 
-def row_weight(w_strategy: float | Literal["dy"], ce: Tensor, distance: Tensor) -> Tensor:
-    """Weight of the distance of each row; carries no gradient and needs no device sync.
+def l1_distance(state: Tensor, target: Tensor, mask: Tensor, tolerance: Tensor | float = 0.0) -> Tensor:
+    """Feature imitation (L1): mean absolute difference to the base state.
+
+    References:
+        One of the replay objectives that GeRe, arXiv 2508.04676, compares with TM.
+
+    Inputs:
+        | argument | shape | meaning |
+        |---|---|---|
+        | `state` | [b, t, d], float | last-layer state of the current model |
+        | `target` | [b, t, d], float | that of the base model |
+        | `mask` | [b, t], bool or int | 1 for real tokens, 0 for padding |
+        | `tolerance` | number, or broadcast to [b, t, d] | a difference of no more than this counts as none |
 
     Args:
-        w_strategy: A fixed number, or `"dy"` for CE / (distance + 1e-8).
-        ce: Cross-entropy of each row, shape [b].
-        distance: Distance of each row, shape [b].
+        state: Current state.
+        target: Base state.
+        mask: Real tokens.
+        tolerance: Rounding of the stored target and noise, to be ignored.
 
     Returns:
-        Weights, shape [b].
+        Mean over the real elements of each row, shape [b], float32 (float64 for a float64 state).
+
+    Relations:
+        Pushes every element with the same force however near it is; L2 with a force that grows with the distance, TM
+        only those outside their region.
+
+    Example:
+        >>> l1_distance(torch.tensor([[[1.0, 3.0]]]), torch.zeros(1, 1, 2), torch.ones(1, 1))
+        tensor([2.])
     """
-    if w_strategy == "dy":
-        return ce.detach() / (distance.detach() + 1e-8)
-    return torch.full_like(distance.detach(), w_strategy)
+    return _mean_over_elements(_difference(state, target, mask, tolerance).abs(), mask)
+
+
+def l2_distance(state: Tensor, target: Tensor, mask: Tensor, tolerance: Tensor | float = 0.0) -> Tensor:
+    """Feature imitation (L2): mean squared difference to the base state.
+
+    References:
+        One of the replay objectives that GeRe, arXiv 2508.04676, compares with TM.
+
+    Inputs:
+        | argument | shape | meaning |
+        |---|---|---|
+        | `state` | [b, t, d], float | last-layer state of the current model |
+        | `target` | [b, t, d], float | that of the base model |
+        | `mask` | [b, t], bool or int | 1 for real tokens, 0 for padding |
+        | `tolerance` | number, or broadcast to [b, t, d] | a difference of no more than this counts as none |
+
+    Args:
+        state: Current state.
+        target: Base state.
+        mask: Real tokens.
+        tolerance: Rounding of the stored target and noise, to be ignored.
+
+    Returns:
+        Mean over the real elements of each row, shape [b], float32 (float64 for a float64 state).
+
+    Relations:
+        The square of L1 element by element. TM with `"elements"` grows like it for small drifts, by frequency times
+        size, but is 0 for what stays in its region.
+
+    Example:
+        >>> l2_distance(torch.tensor([[[1.0, 3.0]]]), torch.zeros(1, 1, 2), torch.ones(1, 1))
+        tensor([5.])
+    """
+    return _mean_over_elements(_difference(state, target, mask, tolerance).square(), mask)
+
+
+def _difference(state: Tensor, target: Tensor, mask: Tensor, tolerance: Tensor | float) -> Tensor:
+    current = state if state.dtype == torch.float64 else state.float()
+    difference = current - target.to(current)
+    far = mask.bool().unsqueeze(-1) & (difference.abs() > tolerance)
+    return torch.where(far, difference, 0.0)
+
+
+def _mean_over_elements(values: Tensor, mask: Tensor) -> Tensor:
+    return values.sum(dim=(1, 2)) / (mask.bool().sum(dim=1) * values.shape[-1]).clamp(min=1)
+
+
+class TopLogits(NamedTuple):
+    """The likeliest tokens of a distribution, and what is left for all others together.
+
+    Attributes:
+        ids: Their token ids, [..., k].
+        log_probs: Their log-probabilities at the temperature, [..., k].
+        rest: Log of the remaining probability, [...]; the lowest number if there are no other tokens.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    rest: Tensor
+
+
+def top_logits(logits: Tensor, top_k: int, temperature: float) -> TopLogits:
+    """Keep of a distribution what `top_k_kl` needs.
+
+    Args:
+        logits: Logits, shape [..., v].
+        top_k: Tokens to keep, at most v.
+        temperature: What the logits are divided by.
+
+    Returns:
+        `ids` int32, `log_probs` and `rest` float32 (float64 for float64 logits).
+    """
+    scaled = _scaled(logits, temperature)
+    ids = scaled.topk(min(top_k, scaled.shape[-1]), dim=-1).indices
+    log_probs, rest = _split(scaled, ids)
+    return TopLogits(ids.to(torch.int32), log_probs, rest)
+
+
+def top_k_kl(
+    logits: Tensor,
+    base: TopLogits,
+    mask: Tensor,
+    temperature: float = 2.0,
+    tolerance: Tensor | float = 0.0,
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """Logit imitation (KL): divergence of the current distribution from the base one, base || model.
+
+    The base distribution is known on its likeliest tokens; all others count as one. Merging tokens never raises a
+    divergence, so the value is a lower bound of the full one, and what it misses is rest x KL inside the rest.
+
+    References:
+        One of the replay objectives that GeRe, arXiv 2508.04676, compares with TM, there with the full vocabulary and
+        temperature 2, without the factor of the squared temperature.
+
+    Inputs:
+        | argument | shape | meaning |
+        |---|---|---|
+        | `logits` | [b, t, v], float | output of the head of the current model |
+        | `base` | [b, t, k] and [b, t] | likeliest tokens of the base model, from `top_logits` |
+        | `mask` | [b, t], bool or int | 1 for real tokens, 0 for padding |
+        | `temperature` | number | what the logits are divided by, as for `base` |
+        | `tolerance` | number | a token whose divergence is no more than this counts as 0 |
+
+    Args:
+        logits: Logits of the current model.
+        base: What was kept of the base model.
+        mask: Real tokens.
+        temperature: Temperature.
+        tolerance: Rounding noise to be ignored.
+        chunk_tokens: Tokens whose logits are held in float32 at one time.
+
+    Returns:
+        Mean over the real tokens of each row, in nats, shape [b], float32 (float64 for float64 logits).
+
+    Relations:
+        Binds what the head says, where TM, L1 and L2 bind what the head reads. `next_token_ce` looks at one token.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0, 0.0, 0.0]]])
+        >>> top_k_kl(logits, top_logits(logits, 1, 2.0), torch.ones(1, 1)).item()
+        0.0
+    """
+    real = mask.bool()
+    width = max(1, chunk_tokens // max(1, len(logits)))
+    parts = (logits, base.ids, base.log_probs, base.rest, real)
+    chunks = list(zip(*(part.split(width, dim=1) for part in parts), strict=True))
+
+    def total(logits: Tensor, ids: Tensor, log_probs: Tensor, rest: Tensor, real: Tensor) -> Tensor:
+        divergence = token_kl(TopLogits(ids, log_probs, rest), _scaled(logits, temperature))
+        return torch.where(real & (divergence > tolerance), divergence, 0.0).sum(dim=1)
+
+    if len(chunks) == 1:
+        sums = total(*chunks[0])
+    else:
+        made = [checkpoint(total, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        sums = torch.stack(made).sum(dim=0)
+    return sums / real.sum(dim=1).clamp(min=1)
+
+
+def token_kl(base: TopLogits, scaled: Tensor) -> Tensor:
+    """Divergence of each token, shape [...], from logits that are divided by the temperature, [..., v]."""
+    log_q, rest_q = _split(scaled, base.ids.long())
+    log_p, rest_p = base.log_probs.to(log_q), base.rest.to(log_q)
+    kept = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    return kept + rest_p.exp() * (rest_p - rest_q)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+
+
+def _split(scaled: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of `ids`, and the log of what all other tokens have together."""
+    norm = scaled.logsumexp(dim=-1)
+    log_probs = scaled.gather(-1, ids) - norm.unsqueeze(-1)
+    if ids.shape[-1] == scaled.shape[-1]:
+        return log_probs, torch.full_like(norm, torch.finfo(norm.dtype).min)
+    others = scaled.scatter(-1, ids, -torch.inf)  # 1 - the sum of the kept would lose all digits of a small rest
+    return log_probs, others.logsumexp(dim=-1) - norm

@@ -7,13 +7,18 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-NAMES = ("task_loss", "steps", "rows", "ce", "gain", "tm", "weight", "active", "violated", "elements")
+NAMES = ("task_loss", "steps", "rows", "ce", "gain", "distance", "weight", "active", "violated", "elements")
 
 
 class Meters:
-    """Adds up what the log shows, over micro-batches; ranks are joined when it is read."""
+    """Adds up what the log shows, over micro-batches; ranks are joined when it is read.
 
-    def __init__(self) -> None:
+    Args:
+        distance: What the distance is called in the log; empty if there is none.
+    """
+
+    def __init__(self, distance: str = "tm") -> None:
+        self._distance = distance
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
 
@@ -44,18 +49,19 @@ class Meters:
         vector = torch.stack([present.get(name, zero).to(device) for name in NAMES])
         total = dict(zip(NAMES, join(vector).tolist(), strict=True))
         self._sums, self._steps = {}, 0
-        return _averages(total)
+        return _averages(total, self._distance)
 
 
-def _averages(total: Mapping[str, float]) -> dict[str, float]:
+def _averages(total: Mapping[str, float], distance: str) -> dict[str, float]:
     logs = {}
     if total["steps"]:
         logs["gere/task_loss"] = total["task_loss"] / total["steps"]
     if total["rows"]:
         logs["gere/ce"] = total["ce"] / total["rows"]
         logs["gere/forgetting"] = total["gain"] / total["rows"]
+        if distance:
+            logs[f"gere/{distance}"] = total["distance"] / total["rows"]
+            logs["gere/weight"] = total["weight"] / total["active"] if total["active"] else 0.0
     if total["elements"]:
-        logs["gere/tm"] = total["tm"] / total["rows"]
-        logs["gere/weight"] = total["weight"] / total["active"] if total["active"] else 0.0
         logs["gere/violations"] = total["violated"] / total["elements"]
     return logs

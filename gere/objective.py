@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gere import _compat
-from gere.cache import Anchor, Bands, unpack
-from gere.losses import Normalization, margin_sums, next_token_ce, normalize_margin, row_weight
+from gere.collator import TARGET
+from gere.distances import Distance, Seen
+from gere.losses import next_token_ce
 from gere.states import StateReader
+from gere.weights import row_weight
 
-# Rounding in 16 bits moves single elements over their bands by more than the tolerance that was measured. A row with
-# so few violations has not drifted: training violates hundreds of times as many.
-NOISE_SHARE_16_BITS = 1e-4
+LiveTargets = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
 class ReplayObjective:
@@ -24,15 +23,16 @@ class ReplayObjective:
 
     Args:
         w_strategy: Weight of the distance, a number or `"dy"`.
-        normalization: What the margin of a row is divided by.
-        anchor: Bands of the base model; without regions the distance is 0.
+        distance: D_i; `None` for label fitting alone.
+        live: Gives the targets of token ids and their mask where they are not stored.
     """
 
-    def __init__(self, w_strategy: float | Literal["dy"], normalization: Normalization, anchor: Anchor) -> None:
+    def __init__(
+        self, w_strategy: float | Literal["dy"], distance: Distance | None, live: LiveTargets | None = None
+    ) -> None:
         self.w_strategy = w_strategy
-        self.normalization = normalization
-        self._bands = anchor.bands if anchor.dim else None
-        self._noise_share = NOISE_SHARE_16_BITS if re.search(r"(bf|fp|float)16", anchor.fields["dtype"]) else 0.0
+        self._distance = distance
+        self._live = live
 
     def __call__(
         self, model: nn.Module, reader: StateReader, batch: Mapping[str, Tensor]
@@ -41,32 +41,30 @@ class ReplayObjective:
 
         Args:
             model: The wrapped model, as the trainer calls it.
-            reader: Reads the state of the model inside.
+            reader: Reads the states of the model inside.
             batch: Replay part of a mixed batch.
 
         Returns:
             The sum over the rows, and detached sums for the log by name.
         """
         ids, mask = batch["input_ids"], batch["attention_mask"]
+        targets = self._targets(batch)
         with _compat.uncompiled(), reader.reading():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             ce = next_token_ce(logits, ids, mask)
             sums = {"rows": torch.ones_like(ce.detach()), "ce": ce.detach(), "gain": ce.detach() - batch["base_ce"]}
-            if self._bands is None:
+            if self._distance is None:
                 return ce.sum(), _totals(sums)
-            state = reader.state
-            if self._bands.lower.device != state.device:
-                self._bands = Bands(*(band.to(state.device) for band in self._bands))
-            lower, upper, tolerance = self._bands
-            region = unpack(batch["packed_regions"], state.shape[-1])
-            margin = margin_sums(state, region, lower, upper, mask, tolerance)
-        drifted = margin.violated > self._noise_share * margin.elements
-        distance = torch.where(drifted, normalize_margin(margin, self.normalization), 0.0)
+            distance, seen = self._distance(Seen(reader.states, logits, mask), targets)
         weight = row_weight(self.w_strategy, ce, distance)
         active = (distance.detach() > 0).to(ce)
-        sums |= {"tm": distance.detach(), "weight": weight * active, "active": active}
-        sums |= {"violated": margin.violated, "elements": margin.elements}
+        sums |= {"distance": distance.detach(), "weight": weight * active, "active": active, **seen}
         return (ce + weight * distance).sum(), _totals(sums)
+
+    def _targets(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._live is not None:
+            return self._live(batch["input_ids"], batch["attention_mask"])
+        return {name.removeprefix(TARGET): values for name, values in batch.items() if name.startswith(TARGET)}
 
 
 class StepShare(NamedTuple):

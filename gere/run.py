@@ -10,10 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gere.anchoring import AnchorWish, ReadyModel, find_anchor, loaded_key, read_key, write_key
-from gere.cache import Anchor
+from gere.anchoring import (
+    AnchorWish,
+    ReadyModel,
+    base_model,
+    find_anchor,
+    loaded_key,
+    read_key,
+    target_of,
+    write_key,
+)
+from gere.cache import Anchor, Live
 from gere.collator import MixedCollator, RowCounts
 from gere.config import GeReConfig, parse_replay_per_batch, parse_weight, require
+from gere.distances import make_distance
 from gere.errors import ReplaySetError
 from gere.meters import Meters
 from gere.objective import ReplayObjective, StepShare
@@ -77,7 +87,7 @@ class ReplayRun:
             load = lambda: load_replay_set(self.config, tokenizer, self.folder)  # noqa: E731
             self._replay_set = ranks.first_here_first(load)
             fields = ranks.gather(self._replay_set.fields)
-            ranks.together(lambda: require_same_texts(fields))
+            ranks.together(lambda: _require_same_texts(fields))
         return self._replay_set
 
     def collator(self, task_collator: Any, tokenizer: Any, spare: Callable[[], Any] | None = None) -> MixedCollator:
@@ -148,9 +158,11 @@ class ReplayRun:
         if self.anchor is None or resumed or model.fresh:
             wish = AnchorWish(self.folder, self.reuse, self.config, self.checkpoint)
             self.anchor = find_anchor(wish, model, replay, resumed=resumed, progress=progress)
-        self.meters = Meters()
-        self._objective = ReplayObjective(self.w_strategy, self.config.normalization, self.anchor)
-        self._reader = StateReader(model.inner)
+        target = target_of(self.config, model.inner)
+        self.meters = Meters("" if self.config.replay_strategy == "ce" else self.config.replay_strategy)
+        live = base_model(self.config, model, replay).targets if isinstance(target, Live) else None
+        self._objective = ReplayObjective(self.w_strategy, make_distance(self.config, self.anchor), live)
+        self._reader = StateReader(model.inner, target.layers)
         if self._collator is not None:
             self._collator.anchor = self.anchor
 
@@ -193,7 +205,7 @@ class ReplayRun:
             write_key(folder, key)
 
 
-def require_same_texts(fields: Sequence[Mapping[str, str]]) -> None:
+def _require_same_texts(fields: Sequence[Mapping[str, str]]) -> None:
     """Refuse a replay set that differs between machines, whose files need not be the same."""
     for rank, other in enumerate(fields):
         names = [name for name in other if other[name] != fields[0].get(name)]

@@ -14,12 +14,12 @@ import gere
 PACKAGE = Path(gere.__file__).parent
 RANKS = {
     **dict.fromkeys(["errors"], 0),
-    **dict.fromkeys(["config", "losses", "sampler", "meters", "states", "ranks", "sharded"], 1),
+    **dict.fromkeys(["config", "losses", "sampler", "meters", "states", "ranks", "sharded", "weights"], 1),
     **dict.fromkeys(["_compat"], 2),
     **dict.fromkeys(["arguments", "cache"], 2),
     **dict.fromkeys(["replay", "collator"], 3),
-    **dict.fromkeys(["base_model", "checks", "evaluation", "objective"], 4),
-    **dict.fromkeys(["anchoring"], 5),
+    **dict.fromkeys(["base_model", "checks", "distances", "evaluation"], 4),
+    **dict.fromkeys(["anchoring", "objective"], 5),
     **dict.fromkeys(["run", "callbacks", "named"], 6),
     **dict.fromkeys(["trainer"], 7),
     **dict.fromkeys(["integrations", "cli"], 8),

@@ -22,7 +22,10 @@ from gere.cache import (
     Anchor,
     BuildPlan,
     Distilled,
+    Losses,
+    MeanStd,
     Moments,
+    Regions,
     build_anchor,
     mean_std_bands,
     open_named,
@@ -59,19 +62,16 @@ class ToyModel:
 
     def __call__(self, rows):
         self.calls += 1
-        state = torch.nn.utils.rnn.pad_sequence([self.states(row) for row in rows], batch_first=True)
-        if self.noise:
-            state = state + self.noise * (len(rows) > 1)
-        return Distilled(state, torch.tensor([float(sum(row)) for row in rows]))
+        shift = self.noise * (len(rows) > 1)
+        kept = [{"state": self.states(row) + shift} for row in rows]
+        return Distilled(torch.tensor([float(sum(row)) for row in rows]), kept)
 
 
 def plan_of(rows, **changes):
     settings_ = {
         "fields": {"weights": "w", "texts": "t"},
         "rows": rows,
-        "keep_regions": True,
-        "band_width": 1.0,
-        "std_floor": 1e-3,
+        "target": Regions([1], 1, [MeanStd(1.0, 1e-3)]),
         "batch_tokens": 64,
     }
     return BuildPlan(**{**settings_, **changes})
@@ -88,11 +88,15 @@ def test_regions_of_every_row_are_those_of_its_states(anchor):
     stored, rows = anchor
     model = ToyModel()
     everything = torch.cat([model.states(row) for row in rows]).double()
-    torch.testing.assert_close(stored.bands.lower, (everything.mean(0) - everything.std(0, correction=0)).float())
-    torch.testing.assert_close(stored.bands.upper, (everything.mean(0) + everything.std(0, correction=0)).float())
+    torch.testing.assert_close(
+        stored.constants["lower"], (everything.mean(0) - everything.std(0, correction=0)).float()
+    )
+    torch.testing.assert_close(
+        stored.constants["upper"], (everything.mean(0) + everything.std(0, correction=0)).float()
+    )
     for index, row in enumerate(rows):
-        expected = regions(model.states(row), stored.bands.lower, stored.bands.upper)
-        assert torch.equal(unpack(stored.packed_regions(index), DIM), expected)
+        expected = regions(model.states(row), stored.constants["lower"], stored.constants["upper"])
+        assert torch.equal(unpack(stored.targets(index)["codes"], DIM), expected)
         assert stored.tokens(index) == len(row) and stored.base_ce[index] == sum(row)
 
 
@@ -119,8 +123,7 @@ def test_bytes_on_disk_are_two_bits_an_element(tmp_path):
     table = torch.randn(50, dim, generator=generator)
 
     def distil(rows):
-        state = torch.nn.utils.rnn.pad_sequence([table[torch.tensor(row)] for row in rows], batch_first=True)
-        return Distilled(state, torch.zeros(len(rows)))
+        return Distilled(torch.zeros(len(rows)), [{"state": table[torch.tensor(row)]} for row in rows])
 
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 50, 200).tolist() for _ in range(60)]
@@ -131,7 +134,7 @@ def test_bytes_on_disk_are_two_bits_an_element(tmp_path):
 
 def test_ce_strategy_stores_no_regions(tmp_path):
     rows = toy_rows()
-    build_anchor(tmp_path / "anchor-a", plan_of(rows, keep_regions=False), ToyModel(), progress=False)
+    build_anchor(tmp_path / "anchor-a", plan_of(rows, target=Losses()), ToyModel(), progress=False)
     stored = Anchor(tmp_path / "anchor-a")
     assert stored.dim == 0 and stored.base_ce.tolist() == [float(sum(row)) for row in rows]
     assert sorted(path.name for path in stored.folder.iterdir()) == ["manifest.json", "rows.safetensors"]
@@ -182,7 +185,7 @@ def test_batches_are_of_like_length_and_within_the_budget():
 
 def test_rounding_noise_is_measured(tmp_path):
     build_anchor(tmp_path / "anchor-a", plan_of(toy_rows()), ToyModel(noise=0.01), progress=False)
-    tolerance = Anchor(tmp_path / "anchor-a").bands.tolerance
+    tolerance = Anchor(tmp_path / "anchor-a").constants["tolerance"]
     torch.testing.assert_close(tolerance, torch.full((DIM,), 0.02), rtol=1e-3, atol=0)
 
 
@@ -264,9 +267,9 @@ def test_fields_that_differ_are_named(tmp_path):
 
 def test_an_anchor_can_be_sent_to_a_worker(anchor):
     stored, _ = anchor
-    stored.packed_regions(0)
+    stored.targets(0)
     copy = pickle.loads(pickle.dumps(stored))
-    assert torch.equal(copy.packed_regions(3), stored.packed_regions(3))
+    assert torch.equal(copy.targets(3)["codes"], stored.targets(3)["codes"])
 
 
 def test_nothing_is_evaluated_twice_after_a_kill(tmp_path):

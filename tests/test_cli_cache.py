@@ -83,6 +83,8 @@ CASES = {
     "bf16": (["--precision", "bf16"], {"bf16": True}, {}),
     "bands": (["--set", "band_width=1.5", "--set", "std_floor=1e-2"], {}, {"band_width": 1.5, "std_floor": 1e-2}),
     "ce": (["--set", "replay_strategy=ce", "--set", "add_bos=true"], {}, {"replay_strategy": "ce", "add_bos": True}),
+    "kl": (["--precision", "bf16", "--set", "replay_strategy=kl"], {"bf16": True}, {"replay_strategy": "kl"}),
+    "layers": (["--set", "layers=1,2", "--set", "bands=quantile"], {}, {"layers": [1, 2], "bands": "quantile"}),
     "small batches": (["--set", "anchor_batch_tokens=100"], {}, {"anchor_batch_tokens": 100}),
 }
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gere.cache import regions
-from gere.losses import next_token_ce, row_weight, threshold_margin
+from gere.losses import next_token_ce, threshold_margin
+from gere.weights import row_weight
 
 CASES = range(200)
 

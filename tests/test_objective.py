@@ -14,12 +14,13 @@ from test_losses import oracle_ce, oracle_margin
 from torch.utils.data import SequentialSampler
 from transformers import DataCollatorForSeq2Seq, Trainer
 
-from gere import GeReMixin, GeReTrainer
+from gere import GeReConfig, GeReMixin, GeReTrainer
 from gere.cache import Bands, pack, regions
 from gere.collator import REPLAY, ROWS, TASK, MixedCollator, ReplayRow, TaskRow
+from gere.distances import make_distance
 from gere.objective import ReplayObjective, StepShare
 from gere.replay import ReplaySet
-from gere.states import StateReader
+from gere.states import StateReader, depth_of
 
 SPLITS = [(16, 1), (8, 2), (4, 4), (1, 16)]  # accumulation steps x rows of a micro-batch
 
@@ -103,7 +104,7 @@ def test_loss_of_a_step_equals_the_definition(make_trainer, task, tokenizer):
         base = load_tiny()(replay["input_ids"], replay["attention_mask"], output_hidden_states=True)
     mask = replay["attention_mask"].bool().numpy()
     ce = oracle_ce(outputs.logits.double().numpy(), replay["input_ids"].numpy(), mask)
-    lower, upper, _ = (band.double().numpy() for band in trainer._gere.anchor.bands)
+    lower, upper = (trainer._gere.anchor.constants[name].double().numpy() for name in ("lower", "upper"))
     states = [result.hidden_states[-1].double().numpy() for result in (base, outputs)]
     margin = oracle_margin(*states, lower, upper, mask, "violations")
     expected = (11 * l_task + np.sum(ce + 3.0 * margin)) / 16
@@ -147,12 +148,13 @@ def test_single_violations_of_a_row_are_noise_in_16_bits_only(model, precision, 
     region = regions(state, bands.lower, bands.upper)
     outside = (state.abs() > 1.5).nonzero()[:violated]
     region[tuple(outside.T)] = 0
-    batch = {"input_ids": ids, "attention_mask": mask, "packed_regions": pack(region), "base_ce": torch.zeros(1)}
-    objective = ReplayObjective(1.0, "violations", SimpleNamespace(dim=64, bands=bands, fields={"dtype": precision}))
-    loss, sums = objective(model, StateReader(model), batch)
+    batch = {"input_ids": ids, "attention_mask": mask, "target_codes": pack(region), "base_ce": torch.zeros(1)}
+    anchor = SimpleNamespace(dim=64, constants=bands._asdict(), fields={"dtype": precision})
+    objective = ReplayObjective(1.0, make_distance(GeReConfig(), anchor))
+    loss, sums = objective(model, StateReader(model, [depth_of(model)]), batch)
     assert sums["violated"] == violated and sums["elements"] == 200 * 64
-    assert (sums["tm"] > 0.5) == counts and loss.requires_grad
-    assert loss.item() == pytest.approx(sums["ce"].item() + sums["tm"].item())
+    assert (sums["distance"] > 0.5) == counts and loss.requires_grad
+    assert loss.item() == pytest.approx(sums["ce"].item() + sums["distance"].item())
 
 
 def test_only_task_rows_give_the_parents_loss_bit_for_bit(make_trainer, task, tokenizer):

@@ -15,8 +15,10 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, Train
 
 from gere import GeReConfig, GeReSeq2SeqTrainer, GeReTrainer, gere_trainer
 from gere.base_model import BaseModel
+from gere.cache import States
 from gere.collator import TASK, MixedDataset
 from gere.errors import CacheMismatchError, ConfigError
+from gere.states import depth_of
 
 KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
 
@@ -371,19 +373,20 @@ def test_another_architecture(make_trainer):
     trainer.train()
     assert trainer._gere.anchor.dim == 32
     replay = trainer._gere._collator.replay_batch([0, 1])
-    assert replay["packed_regions"].shape[-1] == 8
+    assert replay["target_codes"].shape[-1] == 8
 
 
 def test_base_model_is_evaluated_without_dropout_and_left_in_its_mode():
     model, rows = gpt2_with_dropout().train(), [[5, 6, 7, 8], [9, 10]]
-    base = BaseModel(model, 0, torch.device("cpu"))
+    base = BaseModel(model, 0, torch.device("cpu"), States(depth_of(model)))
     first, second = base(rows), base(rows)
     assert model.training and model.transformer.drop.training
-    assert torch.equal(first.state, second.state) and torch.equal(first.ce, second.ce)
-    assert not first.state.requires_grad
+    states = [kept["state"] for kept in first.kept]
+    assert all(torch.equal(one, two["state"]) for one, two in zip(states, second.kept, strict=True))
+    assert torch.equal(first.ce, second.ce) and not states[0].requires_grad
     with torch.no_grad():
         outputs = model.eval()(torch.tensor(rows[:1]), labels=torch.tensor(rows[:1]), output_hidden_states=True)
-    torch.testing.assert_close(first.state[0], outputs.hidden_states[-1][0])
+    torch.testing.assert_close(states[0], outputs.hidden_states[-1][0])
     torch.testing.assert_close(first.ce[0], outputs.loss)
 
 
@@ -396,7 +399,7 @@ def test_scaled_or_capped_logits_are_not_taken_from_the_head_alone():
         num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5,
     )  # fmt: skip
     model, row = Gemma2ForCausalLM(config).eval(), [5, 6, 7, 8]
-    ce = BaseModel(model, 0, torch.device("cpu"))([row]).ce
+    ce = BaseModel(model, 0, torch.device("cpu"), States(depth_of(model)))([row]).ce
     with torch.no_grad():
         expected = model(torch.tensor([row]), labels=torch.tensor([row])).loss
     torch.testing.assert_close(ce[0], expected)

@@ -1,13 +1,15 @@
-"""Mean and deviation of states by mergeable moments, and the bands that follow from them."""
+"""Bands of states: around the mean by mergeable moments, or between two quantiles."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 CHUNK_ROWS = 4096
+QUANTILE_TOKENS = 16384  # so many fix the share of a region to 0.3 points, and need no second pass
 
 
 class Moments(NamedTuple):
@@ -56,8 +58,8 @@ class Bands(NamedTuple):
     """Bands of each dimension, float32, shape [d].
 
     Attributes:
-        lower: mu - k sigma.
-        upper: mu + k sigma.
+        lower: Below it, or on it, lies the negative region.
+        upper: Above it, or on it, lies the positive region.
         tolerance: Rounding noise of the state, up to which a violation is not counted.
     """
 
@@ -66,14 +68,91 @@ class Bands(NamedTuple):
     tolerance: Tensor
 
 
+class BandRule(Protocol):
+    """How bands follow from the states of the replay set; its string is part of what an anchor depends on."""
+
+    def summary(self, state: Tensor, share: float) -> Any:
+        """What the bands need to know about some states, [n, d]; a `share` of them may be enough."""
+        ...
+
+    def bands(self, summaries: Sequence[Any], noise: Tensor) -> Bands:
+        """Bands from all summaries in order, and the largest change of each dimension by rounding, [d]."""
+        ...
+
+
+class MeanStd(NamedTuple):
+    """Bands of `width` deviations around the mean, the published rule.
+
+    Shares of the negative, neutral and positive region for a normal distribution:
+
+    | width | negative | neutral | positive |
+    |---|---|---|---|
+    | 0.5 | 30.9 % | 38.3 % | 30.9 % |
+    | 1 | 15.9 % | 68.3 % | 15.9 % |
+    | 1.5 | 6.7 % | 86.6 % | 6.7 % |
+    | 2 | 2.3 % | 95.4 % | 2.3 % |
+
+    Args:
+        width: k of mu - k sigma and mu + k sigma.
+        std_floor: Smallest sigma as a share of the root mean square sigma; a dimension that hardly moves would
+            otherwise be violated by rounding alone.
+    """
+
+    width: float
+    std_floor: float
+
+    def __str__(self) -> str:
+        return f"mean +- {self.width:g} std, floor {self.std_floor:g}"
+
+    def summary(self, state: Tensor, share: float) -> Moments:
+        """Moments of all states."""
+        return Moments.of(state)
+
+    def bands(self, summaries: Sequence[Moments], noise: Tensor) -> Bands:
+        """Bands of the merged moments."""
+        moments = Moments.empty(len(noise))
+        for own in summaries:
+            moments = moments.merge(own)
+        return mean_std_bands(moments, self.width, self.std_floor, noise)
+
+
+class Quantiles(NamedTuple):
+    """Bands at two quantiles of each dimension, so that the regions have known shares, outliers or not.
+
+    For up to 16,384 tokens they are exact; of more, so many are taken, spread over the replay set.
+
+    Args:
+        lower: Share of the negative region.
+        upper: 1 - share of the positive region.
+    """
+
+    lower: float
+    upper: float
+
+    def __str__(self) -> str:
+        return f"quantiles {self.lower:g} and {self.upper:g}"
+
+    def summary(self, state: Tensor, share: float) -> Tensor:
+        """The states of a `share` of the tokens, by a hash of their place, so that no place in a row is preferred."""
+        place = torch.arange(1, len(state) + 1)
+        return state[(place * 2654435761) % 2**32 < share * 2**32].float()
+
+    def bands(self, summaries: Sequence[Tensor], noise: Tensor) -> Bands:
+        """Bands of the chosen states together."""
+        ordered = torch.cat(list(summaries)).sort(dim=0).values
+        below, above = round(self.lower * len(ordered)), round((1 - self.upper) * len(ordered))
+        lower = ordered[max(below, 1) - 1].double()
+        upper = ordered[len(ordered) - max(above, 1)].double()
+        return _with_tolerance(lower, upper, noise)
+
+
 def mean_std_bands(moments: Moments, width: float, std_floor: float, noise: Tensor) -> Bands:
     """Bands of `width` deviations around the mean.
 
     Args:
         moments: Moments of all states of the replay set.
         width: k.
-        std_floor: Smallest sigma as a share of the root mean square sigma; a dimension that hardly moves would
-            otherwise be violated by rounding alone.
+        std_floor: Smallest sigma as a share of the root mean square sigma.
         noise: Largest change of each dimension's state between two evaluations of the same row, shape [d].
 
     Returns:
@@ -81,7 +160,10 @@ def mean_std_bands(moments: Moments, width: float, std_floor: float, noise: Tens
     """
     std = moments.std
     std = std.clamp(min=std_floor * std.square().mean().sqrt().item())
-    lower, upper = moments.mean - width * std, moments.mean + width * std
+    return _with_tolerance(moments.mean - width * std, moments.mean + width * std, noise)
+
+
+def _with_tolerance(lower: Tensor, upper: Tensor, noise: Tensor) -> Bands:
     rounding = torch.finfo(torch.float32).eps * torch.maximum(lower.abs(), upper.abs())
     tolerance = torch.maximum(2.0 * noise.double(), 8.0 * rounding)
     return Bands(lower.float(), upper.float(), tolerance.float())

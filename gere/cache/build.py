@@ -44,11 +44,11 @@ def build_anchor(
     ranks.together(lambda: make_folder(partial))
     complete = ranks.ask(lambda: _is_complete(partial))
     if not any(complete):
-        noise = measure_noise(partial, plan, distil, ranks) if plan.keep_regions else None
-        groups = parts_of(plan, 0 if noise is None else len(noise))
+        noise = measure_noise(partial, plan, distil, ranks) if plan.target.constants_file else None
+        groups = parts_of(plan, 0 if noise is None else noise.width)
         parts = [Part(partial, number, batches, plan) for number, batches in enumerate(groups)]
         owners = distil_parts(parts, plan, distil, ranks, progress=progress)
-        encode(partial, plan, parts, owners, noise, ranks, leads=leads)
+        encode(partial, plan, parts, owners, noise and noise.change, ranks, leads=leads)
     done = leads and (complete[ranks.index] or not any(complete))
     ranks.together(lambda: _publish(partial, folder) if done else None)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,20 @@ from gere.ranks import Ranks
 NOISE_ROWS = 8
 
 
-def measure_noise(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) -> Tensor:
-    """Largest change of each dimension when rows are evaluated alone and in a padded batch, shape [d].
+class Noise(NamedTuple):
+    """How much of a token is kept, and how far rounding alone changes it.
+
+    Attributes:
+        change: Largest change of each dimension, shape [d].
+        width: Numbers that are kept of a token.
+    """
+
+    change: Tensor
+    width: int
+
+
+def measure_noise(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) -> Noise:
+    """Largest change of what is kept when rows are evaluated alone and in a padded batch.
 
     The kernels round differently for other shapes; an element on the edge of its region would then seem violated on
     the untouched model. The first process decides for all.
@@ -34,30 +47,42 @@ def measure_noise(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) 
         ranks: All processes; each must call this.
 
     Raises:
-        CacheFolderError: If the disk has no room for the states.
+        CacheFolderError: If the disk has no room for what is kept.
         RankFailedError: If another process failed.
     """
     longest = max(plan.rows, key=len)
     count = max(1, min(NOISE_ROWS, plan.batch_tokens // len(longest) - 1))
     by_length = sorted(plan.rows, key=len)
     rows = by_length[:: max(1, len(by_length) // count)][:count]
-    path = partial / "noise.safetensors"
-    tag = sha256(repr(rows).encode())
+    path = partial / "noise-part.safetensors"
+    tag = sha256(repr((plan.target.field, rows)).encode())
     stored = ranks.ask(lambda: load_part(path, tag) if ranks.index == 0 else None)[0]
     if stored is not None:
-        return stored["noise"]
+        return Noise(stored["noise"], int(stored["width"]))
 
-    def measure() -> tuple[Tensor, int]:
-        padded = distil([*rows, longest]).state
-        alone = [distil([row]).state[0, : len(row)].float().cpu() for row in rows]
-        change = [(padded[i, : len(row)].float().cpu() - alone[i]).abs() for i, row in enumerate(rows)]
-        return torch.cat(change).amax(dim=0), padded.element_size()
+    def measure() -> tuple[Tensor, int, int]:
+        padded = [_on_cpu(kept) for kept in distil([*rows, longest]).kept[:-1]]
+        alone = [_on_cpu(distil([row]).kept[0]) for row in rows]
+        change = [plan.target.change(*pair) for pair in zip(alone, padded, strict=True)]
+        shapes = [(values[0].numel(), values.element_size()) for values in alone[0].values()]
+        return torch.cat(change).amax(dim=0), sum(n for n, _ in shapes), sum(n * size for n, size in shapes)
 
-    noise, size = ranks.gather(measure() if ranks.lockstep else ranks.together(measure))[0]
-    need = sum(map(len, plan.rows)) * len(noise) * (size + 1 / PER_BYTE)
+    noise, width, size = ranks.gather(measure() if ranks.lockstep else ranks.together(measure))[0]
+    need = sum(map(len, plan.rows)) * _bytes_needed(plan, width, size)
     ranks.together(lambda: require_space(partial, int(need)))
-    ranks.together(lambda: store_part(path, {"noise": noise}, tag) if ranks.index == 0 else None)
-    return noise
+    content = {"noise": noise, "width": torch.tensor(width)}
+    ranks.together(lambda: store_part(path, content, tag) if ranks.index == 0 else None)
+    return Noise(noise, width)
+
+
+def _bytes_needed(plan: BuildPlan, width: int, size: int) -> float:
+    """Bytes of a token on the disk while it is built: what waits in a part, and beside it what comes of it."""
+    shard = 0.0 if not plan.target.kind else width / PER_BYTE if plan.target.kind == "regions" else size
+    return (size if plan.target.wants_parts else 0) + shard
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.cpu() for name, values in tensors.items()}
 
 
 class Part:
@@ -76,7 +101,7 @@ class Part:
         self.tokens = sum(len(plan.rows[row]) for batch in batches for row in batch)
         self.path = partial / f"part-{number:05d}.safetensors"
         self._ce: list[Tensor] = []
-        self._state: list[Tensor] = []
+        self._kept: list[dict[str, Tensor]] = []
         self.tag = sha256(repr([[plan.rows[row] for row in batch] for batch in batches]).encode())
 
     def is_stored(self) -> bool:
@@ -84,21 +109,25 @@ class Part:
         return load_part(self.path, self.tag) is not None
 
     def read(self) -> dict[str, Tensor]:
-        """Its `row`, `ce` and, for regions, `state`; errors as in `load_part`."""
+        """Its `row`, `ce` and what the target keeps; errors as in `load_part`."""
         return read_part(self.path, self.tag)
+
+    def kept(self) -> dict[str, Tensor]:
+        """What the target keeps of its tokens."""
+        return {name: values for name, values in self.read().items() if name not in ("row", "ce")}
 
     def take(self, batch: list[int], output: Distilled, plan: BuildPlan) -> None:
         """Keep what the model said about a batch; with the last one the file is written."""
-        state, ce = output
-        _require_finite(state, ce, batch)
-        self._ce.append(ce.float().cpu())
-        if plan.keep_regions:
-            self._state += [state[i, : len(plan.rows[row])].cpu() for i, row in enumerate(batch)]
+        ce, kept = output.ce.float().cpu(), [_on_cpu(row) for row in output.kept] if plan.target.wants_parts else []
+        _require_finite(ce, kept, batch)
+        self._ce.append(ce)
+        self._kept += kept
         if len(self._ce) == len(self.batches):
             index = torch.tensor([row for batch in self.batches for row in batch], dtype=torch.int64)
-            tensors = {"row": index, "ce": torch.cat(self._ce)}
-            store_part(self.path, {**tensors, "state": torch.cat(self._state)} if self._state else tensors, self.tag)
-            self._ce, self._state = [], []
+            names = self._kept[0] if self._kept else ()
+            tensors = {name: torch.cat([row[name] for row in self._kept]) for name in names}
+            store_part(self.path, {"row": index, "ce": torch.cat(self._ce), **tensors}, self.tag)
+            self._ce, self._kept = [], []
 
 
 def distil_parts(parts: Sequence[Part], plan: BuildPlan, distil: Distil, ranks: Ranks, *, progress: bool) -> list[int]:
@@ -148,12 +177,13 @@ def _call(ranks: Ranks, distil: Distil, rows: Sequence[Sequence[int]], *, needed
     return ranks.together(lambda: distil(rows) if needed else None)
 
 
-def _require_finite(state: Tensor, ce: Tensor, batch: list[int]) -> None:
-    bad = ~(state.isfinite().flatten(1).all(dim=1) & ce.isfinite())
-    if bool(bad.any()):
+def _require_finite(ce: Tensor, kept: Sequence[Mapping[str, Tensor]], batch: list[int]) -> None:
+    finite = [all(bool(values.isfinite().all()) for values in row.values()) for row in kept] or [True] * len(batch)
+    bad = [row for row, good, loss in zip(batch, finite, ce.isfinite().tolist(), strict=True) if not (good and loss)]
+    if bad:
         raise NonFiniteStateError(
             "The base model gives NaN or infinite values on the replay set.",
-            where=f"replay rows {[batch[i] for i in bad.nonzero().flatten().tolist()]}",
+            where=f"replay rows {bad}",
             expected="finite states and losses",
             fix="Check the weights and the dtype (float16 overflows easily), or drop these texts.",
         )

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from gere.cache.bands import Bands, Moments, mean_std_bands
-from gere.cache.codec import pack, regions
+from gere.cache.bands import QUANTILE_TOKENS
 from gere.cache.distil import Part
 from gere.cache.files import sha256, write_atomic
 from gere.cache.plan import BuildPlan
 from gere.cache.shares import spread_files
-from gere.cache.store import BANDS, MANIFEST, ROWS, manifest_bytes, shard_name
+from gere.cache.store import MANIFEST, ROWS, manifest_bytes, shard_name
+from gere.cache.targets import Target, Tensors
 from gere.ranks import Ranks
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ def encode(
         plan: What is built.
         parts: All parts.
         owners: The rank that has each part.
-        noise: Rounding noise of each dimension, shape [d]; `None` for an anchor without regions.
+        noise: Largest change of what is kept by rounding, shape [d]; `None` if nothing is kept of a token.
         ranks: All processes; each must call this.
         leads: Whether this process writes for its disk.
 
@@ -48,13 +48,16 @@ def encode(
         RankFailedError: If another process failed.
     """
     mine = [part for part, owner in zip(parts, owners, strict=True) if owner == ranks.index]
-    bands = None if noise is None else _bands(plan, mine, noise, ranks)
-    encoded = _in_order(ranks.ask(lambda: {part.number: _encode_part(partial, part, bands) for part in mine}))
+    target = plan.target
+    constants = {} if noise is None else _constants(plan, mine, noise, ranks)
+    encoded = _in_order(
+        ranks.ask(lambda: {part.number: _encode_part(partial, part, target, constants) for part in mine})
+    )
     held = zip([part.digest for part in encoded], owners, strict=True)
-    shards = {shard_name(number): place for number, place in enumerate(held)} if bands is not None else {}
+    shards = {shard_name(target.kind, number): place for number, place in enumerate(held)} if target.kind else {}
     spread_files(partial, shards, ranks, leads=leads)
     digests = {name: digest for name, (digest, _) in shards.items()}
-    ranks.together(lambda: _finish(partial, plan, encoded, bands, digests) if leads else None)
+    ranks.together(lambda: _finish(partial, plan, encoded, constants, digests) if leads else None)
 
 
 def _in_order(answers: Sequence[Mapping[int, T]]) -> list[T]:
@@ -64,53 +67,54 @@ def _in_order(answers: Sequence[Mapping[int, T]]) -> list[T]:
 
 
 class _Encoded(NamedTuple):
-    """What the index of an anchor says about a part, and the hash of its shard."""
+    """What the index of an anchor says about a part; hash and dimension of its shard."""
 
     row: Tensor
     ce: Tensor
     digest: str
+    dim: int
 
 
-def _bands(plan: BuildPlan, mine: Sequence[Part], noise: Tensor, ranks: Ranks) -> Bands:
-    """Bands of all states; the moments of the parts are merged in their order, whoever has them."""
-    moments = Moments.empty(len(noise))
-    for own in _in_order(ranks.ask(lambda: {part.number: Moments.of(part.read()["state"]) for part in mine})):
-        moments = moments.merge(own)
-    return mean_std_bands(moments, plan.band_width, plan.std_floor, noise)
+def _constants(plan: BuildPlan, mine: Sequence[Part], noise: Tensor, ranks: Ranks) -> Tensors:
+    """What holds for all tokens; the summaries of the parts are put together in their order, whoever has them."""
+    share = QUANTILE_TOKENS / sum(map(len, plan.rows))
+    summarize = lambda: {part.number: plan.target.summary(part.kept(), share) for part in mine}  # noqa: E731
+    return plan.target.constants(_in_order(ranks.ask(summarize)), noise)
 
 
-def _encode_part(partial: Path, part: Part, bands: Bands | None) -> _Encoded:
+def _encode_part(partial: Path, part: Part, target: Target, constants: Tensors) -> _Encoded:
     stored = part.read()
-    digest = ""
-    if bands is not None:
-        codes = pack(regions(stored["state"], bands.lower, bands.upper))
-        digest = _write(partial / shard_name(part.number), save({"codes": codes}))
-    return _Encoded(stored["row"], stored["ce"], digest)
+    row, ce = stored.pop("row"), stored.pop("ce")
+    if not target.kind:
+        return _Encoded(row, ce, "", 0)
+    digest = _write(partial / shard_name(target.kind, part.number), save(target.encode(stored, constants)))
+    return _Encoded(row, ce, digest, max(values.shape[-1] for values in stored.values() if values.ndim > 1))
 
 
 def _finish(
     partial: Path,
     plan: BuildPlan,
     encoded: Sequence[_Encoded],
-    bands: Bands | None,
+    constants: Tensors,
     shards: Mapping[str, str],
 ) -> None:
-    """Write bands, index and manifest to this process's disk."""
+    """Write constants, index and manifest to this process's disk."""
     count = len(plan.rows)
     index = {"tokens": torch.tensor([len(row) for row in plan.rows], dtype=torch.int32), "base_ce": torch.zeros(count)}
     files = dict(shards)
-    if bands is not None:
-        files[BANDS] = _write(partial / BANDS, save(bands._asdict()))
+    if constants:
+        name = plan.target.constants_file
+        files[name] = _write(partial / name, save(constants))
+    if shards:
         index |= {"shard": torch.zeros(count, dtype=torch.int32), "start": torch.zeros(count, dtype=torch.int64)}
-    for number, (rows, ce, _) in enumerate(encoded):
+    for number, (rows, ce, _, _) in enumerate(encoded):
         index["base_ce"][rows] = ce
-        if bands is not None:
+        if shards:
             lengths = index["tokens"][rows].long()
             index["shard"][rows] = number
             index["start"][rows] = lengths.cumsum(0) - lengths
     files[ROWS] = _write(partial / ROWS, save(index))
-    dim = 0 if bands is None else len(bands.lower)
-    shape = {"rows": count, "tokens": int(index["tokens"].sum()), "dim": dim}
+    shape = {"rows": count, "tokens": int(index["tokens"].sum()), "dim": encoded[0].dim}
     write_atomic(partial / MANIFEST, manifest_bytes(plan.fields, files, shape))
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from gere.cache.targets import Target
+
 PART_BYTES = 64 << 20
 LEAST_PARTS = 32  # so many ranks find a share each
 
@@ -15,12 +17,12 @@ class Distilled(NamedTuple):
     """What the base model says about a padded batch.
 
     Attributes:
-        state: Last-layer states, shape [b, t, d].
         ce: Cross-entropy of each row, shape [b].
+        kept: For each row what the target keeps of it, tensors of shape [tokens of the row, *].
     """
 
-    state: Tensor
     ce: Tensor
+    kept: list[dict[str, Tensor]]
 
 
 class BuildPlan(NamedTuple):
@@ -29,17 +31,13 @@ class BuildPlan(NamedTuple):
     Attributes:
         fields: What the anchor depends on.
         rows: Token ids of the replay rows.
-        keep_regions: Whether the strategy needs regions.
-        band_width: k of the bands.
-        std_floor: Smallest sigma as a share of the root mean square sigma.
+        target: What is kept.
         batch_tokens: Padded tokens of one forward pass.
     """
 
     fields: Mapping[str, str]
     rows: Sequence[Sequence[int]]
-    keep_regions: bool
-    band_width: float
-    std_floor: float
+    target: Target
     batch_tokens: int
 
 
@@ -64,9 +62,14 @@ def shortest_row(rows: Sequence[Sequence[int]]) -> int:
     return min(range(len(rows)), key=lambda row: len(rows[row]))
 
 
-def parts_of(plan: BuildPlan, dim: int) -> Iterator[list[list[int]]]:
-    """Group batches into parts of at most `PART_BYTES` of float32 states, and into enough parts to share them out."""
-    budget = min(PART_BYTES // (4 * max(1, dim)), sum(map(len, plan.rows)) // LEAST_PARTS)
+def parts_of(plan: BuildPlan, width: int) -> Iterator[list[list[int]]]:
+    """Group batches into parts of at most `PART_BYTES`, and into enough parts to share them out.
+
+    Args:
+        plan: What is built.
+        width: Numbers that are kept of a token, at 4 bytes each.
+    """
+    budget = min(PART_BYTES // (4 * max(1, width)), sum(map(len, plan.rows)) // LEAST_PARTS)
     part: list[list[int]] = []
     tokens = 0
     for batch in batches_by_length(plan.rows, plan.batch_tokens):

@@ -4,9 +4,12 @@ An anchor is a folder of these files; `manifest.json` is written last and names 
 
 | file | content |
 |---|---|
-| `rows.safetensors` | `tokens` int32 [n], `base_ce` float32 [n]; with regions `shard` int32 [n], `start` int64 [n] |
-| `bands.safetensors` | `lower`, `upper`, `tolerance`, float32 [d] |
-| `regions-NNNNN.safetensors` | `codes` uint8 [tokens of the shard, ceil(d / 4)] |
+| `rows.safetensors` | `tokens` int32 [n], `base_ce` float32 [n]; with shards `shard` int32 [n], `start` int64 [n] |
+| `bands.safetensors` | for regions: `lower`, `upper`, `tolerance`, float32 [d], of several layers [l, d] |
+| `noise.safetensors` | for states and logits: `tolerance`, float32 [d] and [1] |
+| `regions-NNNNN.safetensors` | `codes` uint8 [tokens of the shard, ceil(d / 4)], of several layers [.., l, ..] |
+| `states-NNNNN.safetensors` | `state` bfloat16 [tokens of the shard, d] |
+| `logits-NNNNN.safetensors` | `ids` int32 and `log_probs` float32 [tokens of the shard, k], `rest` float32 [tokens] |
 """
 
 from __future__ import annotations
@@ -22,17 +25,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gere.cache.bands import Bands
 from gere.cache.files import canonical_json, file_sha256, sha256
 from gere.cache.fingerprint import FORMAT_VERSION, key_of
 from gere.errors import CacheCorruptError, CacheMismatchError
 
-MANIFEST, ROWS, BANDS = "manifest.json", "rows.safetensors", "bands.safetensors"
+MANIFEST, ROWS = "manifest.json", "rows.safetensors"
+CONSTANTS = ("bands.safetensors", "noise.safetensors")
 
 
-def shard_name(number: int) -> str:
-    """File name of a shard of regions."""
-    return f"regions-{number:05d}.safetensors"
+def shard_name(kind: str, number: int) -> str:
+    """File name of a shard."""
+    return f"{kind}-{number:05d}.safetensors"
 
 
 def manifest_bytes(fields: Mapping[str, str], files: Mapping[str, str], shape: Mapping[str, int]) -> bytes:
@@ -41,7 +44,7 @@ def manifest_bytes(fields: Mapping[str, str], files: Mapping[str, str], shape: M
     Args:
         fields: What the anchor depends on.
         files: SHA-256 of every file by name.
-        shape: `rows`, `tokens` and `dim` (0 without regions).
+        shape: `rows`, `tokens` and `dim` (last dimension of what is kept of a token, 0 for nothing).
     """
     content = {
         "format_version": FORMAT_VERSION,
@@ -87,7 +90,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 class Anchor:
-    """The base model's regions and losses on the replay set, memory-mapped.
+    """What the base model says about the replay set, memory-mapped.
 
     Args:
         folder: Folder of the anchor; the hash of every file in it is compared with the manifest.
@@ -96,7 +99,7 @@ class Anchor:
         key: Key of the anchor.
         fields: What it depends on.
         rows: Number of replay rows.
-        dim: Size d of the state; 0 if it holds no regions.
+        dim: Size d of the state, or k of the likeliest tokens; 0 if it holds no targets.
 
     Raises:
         CacheCorruptError: If a file is missing or its bytes differ from what was written.
@@ -110,13 +113,14 @@ class Anchor:
         self.fields: dict[str, str] = manifest["fields"]
         self.rows: int = manifest["shape"]["rows"]
         self.dim: int = manifest["shape"]["dim"]
+        self._files = sorted(manifest["files"])
         verify_files(self.folder, manifest["files"])
 
     @cached_property
-    def bands(self) -> Bands:
-        """Bands of the regions."""
-        stored = load_file(self.folder / BANDS)
-        return Bands(stored["lower"], stored["upper"], stored["tolerance"])
+    def constants(self) -> dict[str, Tensor]:
+        """What holds for all tokens, such as the bands of the regions; empty where nothing is kept of a token."""
+        found = [name for name in CONSTANTS if name in self._files]
+        return load_file(self.folder / found[0]) if found else {}
 
     @cached_property
     def base_ce(self) -> Tensor:
@@ -127,20 +131,27 @@ class Anchor:
         """Number of tokens of a row."""
         return int(self._index["tokens"][row])
 
-    def packed_regions(self, row: int) -> Tensor:
-        """Packed regions of a row, uint8 [tokens, ceil(d / 4)], read from the memory-mapped shard."""
+    def targets(self, row: int) -> dict[str, Tensor]:
+        """Targets of a row, tensors of shape [tokens, *] by name, read from the memory-mapped shard."""
+        if not self.dim:
+            return {}
         start = int(self._index["start"][row])
         shard = self._shard(int(self._index["shard"][row]))
-        return shard.get_slice("codes")[start : start + self.tokens(row)]
+        return {name: shard.get_slice(name)[start : start + self.tokens(row)] for name in shard.keys()}  # noqa: SIM118
 
     @cached_property
     def _index(self) -> dict[str, Tensor]:
         return load_file(self.folder / ROWS)
 
+    @cached_property
+    def _shard_names(self) -> list[str]:
+        return [name for name in self._files if name not in (ROWS, *CONSTANTS)]
+
     def _shard(self, number: int) -> Any:
         shards = self.__dict__.setdefault("_shards", {})
         if number not in shards:
-            shards[number] = safe_open(self.folder / shard_name(number), framework="pt")
+            name = self._shard_names[number]
+            shards[number] = safe_open(self.folder / name, framework="pt")
         return shards[number]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -72,12 +72,13 @@ def _refuse_sharding(accelerator: Any) -> None:
         )
 
 
-def load_model(name: str, dtype: str | None) -> Any:
-    """Load a causal language model.
+def load_model(name: str, dtype: str | None, device: torch.device) -> Any:
+    """Load a causal language model, and move it as the trainer does.
 
     Args:
         name: Folder or hub name.
         dtype: Precision of the weights; `None` for what `from_pretrained` gives.
+        device: Where it belongs; a quantized model stays where `from_pretrained` put it.
 
     Raises:
         ConfigError: If it cannot be loaded.
@@ -88,7 +89,7 @@ def load_model(name: str, dtype: str | None) -> Any:
     except (OSError, ValueError, ImportError) as error:
         raise _not_loaded("model", name, error) from error
     refuse_unanchorable(model)
-    return model
+    return model if getattr(model, "is_quantized", False) else model.to(device)
 
 
 def load_tokenizer(name: str, pad_token: str | None) -> Any:

@@ -1,0 +1,161 @@
+"""How far a replay row is from the base model, for each strategy: stored targets in, one value per row out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from gere.cache import Anchor, Bands, regions, unpack
+from gere.config import GeReConfig
+from gere.losses import (
+    MarginSums,
+    Normalization,
+    TopLogits,
+    l1_distance,
+    l2_distance,
+    margin_sums,
+    normalize_margin,
+    top_k_kl,
+)
+
+# Rounding in 16 bits moves single elements over their bands by more than the tolerance that was measured. A row with
+# so few violations has not drifted: training violates hundreds of times as many.
+NOISE_SHARE_16_BITS = 1e-4
+# Largest difference of a number to the nearest one in bfloat16, as a share of it.
+BF16_ROUNDING = 2.0**-8
+
+
+def make_distance(config: GeReConfig, anchor: Anchor) -> Distance | None:
+    """The distance of a strategy; `None` for label fitting."""
+    bits16 = re.search(r"(bf|fp|float)16", anchor.fields["dtype"])
+    noise_share = NOISE_SHARE_16_BITS if bits16 else 0.0
+    if config.replay_strategy == "tm":
+        return MarginDistance(anchor.constants, config.normalization, noise_share)
+    if config.replay_strategy == "kl":
+        return LogitDistance(anchor.constants, config.kl_temperature)
+    if config.replay_strategy in ("l1", "l2"):
+        distance = l1_distance if config.replay_strategy == "l1" else l2_distance
+        return StateDistance(anchor.constants, distance, BF16_ROUNDING if anchor.dim else 0.0)
+    return None
+
+
+class Seen(NamedTuple):
+    """What the model gave for a replay batch.
+
+    Attributes:
+        states: States of the layers that the target is made from, each [b, t, d].
+        logits: Logits, [b, t, v].
+        mask: Real tokens, [b, t].
+    """
+
+    states: Sequence[Tensor]
+    logits: Tensor
+    mask: Tensor
+
+
+class Distance(Protocol):
+    """Distance of each row and sums for the log."""
+
+    def __call__(self, seen: Seen, targets: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Distance, shape [b], and detached values for the log by name."""
+        ...
+
+
+class _Constants:
+    """What holds for all tokens, moved to the device of a batch once."""
+
+    def __init__(self, constants: Mapping[str, Tensor]) -> None:
+        self._constants = dict(constants)
+
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        if any(values.device != device for values in self._constants.values()):
+            self._constants = {name: values.to(device) for name, values in self._constants.items()}
+        return self._constants
+
+
+class MarginDistance(_Constants):
+    """Threshold-based margin over one or several layers, whose mean it is.
+
+    Args:
+        constants: Bands.
+        normalization: What the margin of a row is divided by.
+        noise_share: Share of violations up to which a row has not drifted.
+    """
+
+    def __init__(self, constants: Mapping[str, Tensor], normalization: Normalization, noise_share: float) -> None:
+        super().__init__(constants)
+        self._normalization = normalization
+        self._noise_share = noise_share
+
+    def __call__(self, seen: Seen, targets: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Margin of each row; counts of violated elements and of all."""
+        bands = Bands(**self.on(seen.mask.device))
+        layers = range(len(seen.states))
+        several = bands.lower.ndim > 1
+        margins = []
+        for layer in layers:
+            own = Bands(*(band[layer] for band in bands)) if several else bands
+            base = {name: values[:, :, layer] if several else values for name, values in targets.items()}
+            margins.append(self._margin(seen.states[layer], _region(base, own), own, seen.mask))
+        distance = sum((part for part, _ in margins[1:]), margins[0][0])
+        violated = sum((sums.violated for _, sums in margins[1:]), margins[0][1].violated)
+        elements = sum((sums.elements for _, sums in margins[1:]), margins[0][1].elements)
+        if several:
+            distance = distance / len(margins)
+        return distance, {"violated": violated, "elements": elements}
+
+    def _margin(self, state: Tensor, region: Tensor, bands: Bands, mask: Tensor) -> tuple[Tensor, MarginSums]:
+        sums = margin_sums(state, region, bands.lower, bands.upper, mask, bands.tolerance)
+        drifted = sums.violated > self._noise_share * sums.elements
+        return torch.where(drifted, normalize_margin(sums, self._normalization), 0.0), sums
+
+
+def _region(base: Mapping[str, Tensor], bands: Bands) -> Tensor:
+    """Region of the base model, stored or from its live state."""
+    if "state" in base:
+        return regions(base["state"], bands.lower, bands.upper)
+    return unpack(base["codes"], len(bands.lower))
+
+
+class StateDistance(_Constants):
+    """Mean absolute or squared difference to the base state.
+
+    Args:
+        constants: Noise of each dimension.
+        distance: `l1_distance` or `l2_distance`.
+        rounding: Largest rounding of a stored element, as a share of it.
+    """
+
+    def __init__(self, constants: Mapping[str, Tensor], distance: Callable[..., Tensor], rounding: float) -> None:
+        super().__init__(constants)
+        self._distance = distance
+        self._rounding = rounding
+
+    def __call__(self, seen: Seen, targets: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Difference of each row."""
+        target = targets["state"].float()
+        tolerance = self.on(target.device)["tolerance"] + self._rounding * target.abs()
+        return self._distance(seen.states[0], target, seen.mask, tolerance), {}
+
+
+class LogitDistance(_Constants):
+    """Divergence from the base distribution.
+
+    Args:
+        constants: Noise of a token.
+        temperature: What the logits are divided by.
+    """
+
+    def __init__(self, constants: Mapping[str, Tensor], temperature: float) -> None:
+        super().__init__(constants)
+        self._temperature = temperature
+
+    def __call__(self, seen: Seen, targets: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Divergence of each row."""
+        tolerance = self.on(seen.mask.device)["tolerance"]
+        base = TopLogits(targets["ids"], targets["log_probs"], targets["rest"])
+        return top_k_kl(seen.logits, base, seen.mask, self._temperature, tolerance), {}

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, TINY, load_tiny
 from filelock import FileLock
 from peft import LoraConfig, get_peft_model
+from processes import finish, free_port
 from test_lora import with_lora
 from transformers import AutoModelForCausalLM
 
@@ -212,6 +213,22 @@ def test_two_processes_of_torchrun_build_the_same_bytes(build, texts_file, tmp_p
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Built: ") == 1
     assert anchors(tmp_path / "built") == anchors(tmp_path / "alone")
+
+
+def test_processes_with_other_texts_are_refused(texts_file, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(texts_file.read_text(encoding="utf-8").replace("the", "a"), encoding="utf-8")
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    running = []
+    for rank, texts in enumerate((texts_file, other)):
+        known = ["--model", TINY, "--replay-dataset", texts, "--set", "max_length=48", "--device", "cpu"]
+        command = [sys.executable, "-m", "gere.cli", "cache", "build", tmp_path / "built", *known]
+        env = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        running.append(subprocess.Popen([*map(str, command)], env=env, **pipes))
+    codes, output = finish(running, 100)
+    assert codes == [1, 1] and "The processes do not have the same replay set" in output, output
+    assert not list(tmp_path.glob("built/anchor-*"))
 
 
 @pytest.mark.parametrize("words", [["--help"], ["cache", "build", "--help"], ["cache", "gc", "--help"]])

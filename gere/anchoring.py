@@ -227,3 +227,13 @@ def read_key(folder: Path | None) -> str | None:
             found=f"{type(error).__name__}: {error}",
             fix="Restore the file, or set gere_config.anchor to the key of the anchor.",
         ) from error
+
+
+def precision_name(mixed_precision: str, tf32: bool | None) -> str:
+    """Precision of training as an anchor names it.
+
+    Example:
+        >>> precision_name("bf16", True)
+        'mixed precision bf16, tf32'
+    """
+    return f"mixed precision {mixed_precision}{', tf32' if tf32 else ''}"

@@ -13,7 +13,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from gere import _compat, checks
-from gere.anchoring import ReadyModel
+from gere.anchoring import ReadyModel, precision_name
 from gere.callbacks import AnchorCallback
 from gere.collator import REPLAY, ROWS, TASK, MixedDataset, RowCounts, countable_tasks
 from gere.config import GeReConfig, require
@@ -192,7 +192,7 @@ class GeReMixin(_Parent):
             inner=inner,
             device=self.args.device,
             autocast=self.accelerator.autocast,
-            precision=f"mixed precision {self.accelerator.mixed_precision}{', tf32' if self.args.tf32 else ''}",
+            precision=precision_name(self.accelerator.mixed_precision, self.args.tf32),
             fresh=self.model_init is not None,
             ranks=_compat.ranks_of(self, lockstep=is_sharded(inner)),
         )

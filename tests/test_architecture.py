@@ -20,7 +20,7 @@ RANKS = {
     **dict.fromkeys(["replay", "collator"], 3),
     **dict.fromkeys(["base_model", "checks", "distances", "evaluation"], 4),
     **dict.fromkeys(["anchoring", "objective"], 5),
-    **dict.fromkeys(["run", "callbacks"], 6),
+    **dict.fromkeys(["run", "callbacks", "named"], 6),
     **dict.fromkeys(["trainer"], 7),
     **dict.fromkeys(["integrations", "cli"], 8),
 }

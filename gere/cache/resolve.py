@@ -41,6 +41,11 @@ def anchor_folder(root: Path, key: str) -> Path:
     return root / f"anchor-{key}"
 
 
+def folder_lock(root: Path) -> FileLock:
+    """The lock that one run holds while it builds or removes anchors in a cache folder."""
+    return FileLock(root / ".lock")
+
+
 def open_named(root: Path, key: str, fields: Mapping[str, str], ranks: Ranks = ALONE) -> Anchor:
     """Open the anchor that a checkpoint, a model or the user names. It is never built.
 
@@ -93,7 +98,7 @@ def open_or_build(
                 ranks.together(lambda: _refuse_others(root, fields) if reuse else None)
                 build(folder, leads)
             spread_anchor(folder, ranks, leads=leads)
-    return ranks.together(lambda: _open(folder))
+    return ranks.together(lambda: open_whole(folder))
 
 
 @contextmanager
@@ -103,7 +108,7 @@ def _locked(root: Path, ranks: Ranks) -> Iterator[bool]:
     The processes ask each other again and again, so that none times out. Who has its own disk and waits for another
     gives it back for a moment: two runs that hold a disk each would wait for ever.
     """
-    lock = FileLock(root / ".lock")
+    lock = folder_lock(root)
     leads = leads_disk(root, ranks)
 
     def acquire() -> bool:
@@ -137,13 +142,18 @@ def _open_same(root: Path, folder: Path, fields: Mapping[str, str]) -> Anchor:
             fix="Set gere_hidden_state_saving_dir to the folder of the first run, or copy that folder here; or make "
             "the anchor again by one step from the base model with the same settings, which gives the same key.",
         )
-    anchor = _open(folder)
+    anchor = open_whole(folder)
     _require_same(fields, {name: anchor.fields.get(name, "") for name in fields}, folder, NAMED_WAY_ON)
     return anchor
 
 
-def _open(folder: Path) -> Anchor:
-    """Open an anchor that must be the one its folder is named after."""
+def open_whole(folder: Path) -> Anchor:
+    """Open an anchor that must be the one its folder is named after.
+
+    Raises:
+        CacheCorruptError: If a byte of it, or the name of its folder, is not what was written.
+        CacheMismatchError: If it was written in another format.
+    """
     anchor = Anchor(folder)
     if folder != anchor_folder(folder.parent, anchor.key):
         raise CacheCorruptError(

@@ -5,4 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-COMMANDS: tuple[Callable[[Any], None], ...] = ()
+from gere.cli.cache import add_cache
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (add_cache,)

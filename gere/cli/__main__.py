@@ -1,0 +1,9 @@
+"""`python -m gere.cli`, for launchers that start modules."""
+
+from __future__ import annotations
+
+import sys
+
+from gere.cli.main import main
+
+sys.exit(main())

@@ -44,7 +44,9 @@ class GeReArguments:
     gere_num_interpolate_per_batch: int | None = _option(
         None, "Replay rows in each optimizer step, over all ranks; 0 or nothing shuffles them into the epoch once."
     )
-    gere_w_strategy: str = _option("100", "Weight of the margin loss: a number, or dy to follow the cross-entropy.")
+    gere_w_strategy: str = _option(
+        "auto", "Weight of the distance: auto, a number, or dy to follow the cross-entropy."
+    )
     gere_replay_dataset: str | None = _option(
         None, "File, folder or hub name of the general texts; nothing for the first 1,000 of SlimPajama-6B."
     )
@@ -63,8 +65,8 @@ class GeReArguments:
     gere_replay_mode: Literal["auto", "replace", "add"] = _option(
         "auto", "Replay rows replace task rows of a step, or are added to them; auto adds where it has to."
     )
-    gere_normalization: Literal["violations", "elements"] = _option(
-        "violations", "What the margin of a row is divided by: its violated elements, or all of them."
+    gere_normalization: Literal["auto", "violations", "elements"] = _option(
+        "auto", "What the margin of a row is divided by: its violated elements, or all of them; auto fits w_strategy."
     )
     gere_layers: str = _option(
         "last", "States that tm holds: last, every N (and the last), or numbers of layers such as 6,12."
@@ -121,7 +123,7 @@ def kwargs_of_section(section: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     for key in section:
         _require_known(key, where)
-    parse_weight(section.get("w_strategy", "100"))
+    parse_weight(section.get("w_strategy", "auto"))
     parse_replay_per_batch(section.get("num_interpolate_per_batch"))
     kwargs = {name: section[name] for name in TRAINER_FIELDS if name in section}
     return kwargs | {"gere_config": GeReConfig(**{name: section[name] for name in CONFIG_FIELDS if name in section})}

@@ -10,22 +10,30 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class AnchorCallback(TrainerCallback):
-    """Opens or builds the anchor when the model is ready and no step has been taken.
+    """Opens or builds the anchor when the model is ready and no step has been taken, and tells of the end of steps.
 
-    At this event a checkpoint's weights are already loaded, so that a resumed run must find its anchor on disk.
+    At the first event a checkpoint's weights are already loaded, so that a resumed run must find its anchor on disk.
 
     Args:
         prepare: Called with whether the run is resumed.
+        end_step: Called after each optimizer step, on every rank.
     """
 
-    def __init__(self, prepare: Callable[[bool], None]) -> None:
+    def __init__(self, prepare: Callable[[bool], None], end_step: Callable[[], None]) -> None:
         self._prepare = prepare
+        self._end_step = end_step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Prepare the anchor."""
         self._prepare(state.global_step > 0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the step."""
+        self._end_step()
 
 
 class NameAnchorCallback(TrainerCallback):

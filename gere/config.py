@@ -12,7 +12,7 @@ from gere.errors import ConfigError
 STRATEGIES = ("tm", "ce", "kl", "l1", "l2", "none")
 BANDS = ("mean_std", "quantile")
 LAST, EVERY = "last", "every"
-NORMALIZATIONS = ("violations", "elements")
+NORMALIZATIONS = ("auto", "violations", "elements")
 MODES = ("auto", "replace", "add")
 
 
@@ -36,7 +36,8 @@ class GeReConfig:
         replay_mode: Whether the replay rows of a step `"replace"` task rows of it, or are added to them (`"add"`).
             `"auto"` replaces, and adds where it has to: streaming datasets, batch samplers, dispatched batches.
         normalization: What the margin of a row is divided by: its violated elements (`"violations"`, the official
-            rule) or all its elements (`"elements"`).
+            rule) or all its elements (`"elements"`). `"auto"` is the second where w_strategy is `"auto"`, else the
+            first, so that the official weights mean what they mean there.
         layers: States that TM holds: of the `"last"` layer, of every n-th and the last (`"every 4"`), or of those in a
             list (`[6, 12]` or `"6, 12"`, 1 for the first). Their distances are averaged, so that the weight keeps its
             meaning. Inner layers, whose states are not normalised and have outliers, get quantile bands.
@@ -69,7 +70,7 @@ class GeReConfig:
     add_bos: bool | None = None
     replay_strategy: Literal["tm", "ce", "kl", "l1", "l2", "none"] = "tm"
     replay_mode: Literal["auto", "replace", "add"] = "auto"
-    normalization: Literal["violations", "elements"] = "violations"
+    normalization: Literal["auto", "violations", "elements"] = "auto"
     layers: str | Sequence[int] = LAST
     bands: Literal["mean_std", "quantile"] = "mean_std"
     band_width: float = 1.0
@@ -111,25 +112,32 @@ class GeReConfig:
         require(named, "gere_config.anchor", '"auto", "live" or the key of an anchor', self.anchor)
 
 
-def parse_weight(w_strategy: float | str) -> float | Literal["dy"]:
+    def normalization_for(self, w_strategy: float | str) -> Literal["violations", "elements"]:
+        """What the margin of a row is divided by with this weight."""
+        if self.normalization != "auto":
+            return self.normalization
+        return "elements" if w_strategy == "auto" else "violations"
+
+
+def parse_weight(w_strategy: float | str) -> float | Literal["dy", "auto"]:
     """Read `w_strategy`.
 
     Args:
-        w_strategy: A number, its string, or `"dy"`.
+        w_strategy: A number, its string, `"dy"` or `"auto"`.
 
     Returns:
-        The number as a float, or `"dy"`.
+        The number as a float, or the word.
 
     Raises:
-        ConfigError: If it is neither.
+        ConfigError: If it is none of these.
     """
-    if w_strategy == "dy":
-        return "dy"
+    if w_strategy in ("dy", "auto"):
+        return w_strategy  # type: ignore[return-value]
     try:
         weight = math.nan if isinstance(w_strategy, bool) else float(w_strategy)
     except (TypeError, ValueError):
         weight = math.nan
-    require(math.isfinite(weight) and weight >= 0, "w_strategy", 'a number >= 0, its string, or "dy"', w_strategy)
+    require(math.isfinite(weight) and weight >= 0, "w_strategy", 'a number >= 0, its string, "dy" or "auto"', w_strategy)
     return weight
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from gere.collator import TARGET
 from gere.distances import Distance, Seen
 from gere.losses import next_token_ce
 from gere.states import StateReader
-from gere.weights import row_weight
+from gere.weights import RowWeight
 
 LiveTargets = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
@@ -22,15 +22,13 @@ class ReplayObjective:
     """CE_i + w_i D_i, summed over the replay rows of a batch.
 
     Args:
-        w_strategy: Weight of the distance, a number or `"dy"`.
+        weight: w_i.
         distance: D_i; `None` for label fitting alone.
         live: Gives the targets of token ids and their mask where they are not stored.
     """
 
-    def __init__(
-        self, w_strategy: float | Literal["dy"], distance: Distance | None, live: LiveTargets | None = None
-    ) -> None:
-        self.w_strategy = w_strategy
+    def __init__(self, weight: RowWeight, distance: Distance | None, live: LiveTargets | None = None) -> None:
+        self.weight = weight
         self._distance = distance
         self._live = live
 
@@ -55,11 +53,23 @@ class ReplayObjective:
             sums = {"rows": torch.ones_like(ce.detach()), "ce": ce.detach(), "gain": ce.detach() - batch["base_ce"]}
             if self._distance is None:
                 return ce.sum(), _totals(sums)
-            distance, seen = self._distance(Seen(reader.states, logits, mask), targets)
-        weight = row_weight(self.w_strategy, ce, distance)
+            seen = Seen(reader.states, logits, mask)
+            distance, counts = self._distance(seen, targets)
+            if self.weight.calibrating:
+                sums["unrelated"] = self._unrelated(self._distance, seen, targets)
+        weight = self.weight(ce, distance)
         active = (distance.detach() > 0).to(ce)
-        sums |= {"distance": distance.detach(), "weight": weight * active, "active": active, **seen}
+        sums |= {"distance": distance.detach(), "weight": weight * active, "active": active, **counts}
         return (ce + weight * distance).sum(), _totals(sums)
+
+    @torch.no_grad()
+    def _unrelated(self, distance: Distance, seen: Seen, targets: Mapping[str, Tensor]) -> Tensor:
+        """Distance of each row to itself half a row further on: to text that it has nothing to do with."""
+        lengths = seen.mask.sum(dim=1, keepdim=True)
+        place = torch.arange(seen.mask.shape[1], device=seen.mask.device)[None]
+        other = torch.where(place < lengths, (place + lengths // 2) % lengths.clamp(min=1), place)
+        row = torch.arange(len(other), device=other.device)[:, None]
+        return distance(seen, {name: values[row, other] for name, values in targets.items()})[0]
 
     def _targets(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self._live is not None:

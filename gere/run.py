@@ -31,6 +31,8 @@ from gere.ranks import ALONE, Ranks
 from gere.replay import ReplaySet, load_replay_set
 from gere.sampler import added_rows
 from gere.states import StateReader
+from gere.weight_file import read_weight, write_weight
+from gere.weights import make_weight
 
 logger = logging.getLogger("gere")
 
@@ -76,6 +78,7 @@ class ReplayRun:
         self.checkpoint: Path | None = None
         self.share = StepShare(1, 0, 1, None)
         self.meters = Meters()
+        self._weight = make_weight(self.w_strategy)
         self._replay_set: ReplaySet | None = None
         self._collator: MixedCollator | None = None
         self._objective: ReplayObjective | None = None
@@ -158,10 +161,12 @@ class ReplayRun:
         if self.anchor is None or resumed or model.fresh:
             wish = AnchorWish(self.folder, self.reuse, self.config, self.checkpoint)
             self.anchor = find_anchor(wish, model, replay, resumed=resumed, progress=progress)
+            self._weight = make_weight(self.w_strategy)
+            self._weight.load_state_dict(read_weight(self.checkpoint) if resumed else {})
         target = target_of(self.config, model.inner)
         self.meters = Meters("" if self.config.replay_strategy == "ce" else self.config.replay_strategy)
         live = base_model(self.config, model, replay).targets if isinstance(target, Live) else None
-        self._objective = ReplayObjective(self.w_strategy, make_distance(self.config, self.anchor), live)
+        self._objective = ReplayObjective(self._weight, make_distance(self.config, self.w_strategy, self.anchor), live)
         self._reader = StateReader(model.inner, target.layers)
         if self._collator is not None:
             self._collator.anchor = self.anchor
@@ -196,7 +201,19 @@ class ReplayRun:
         if not rows:
             return loss * 0.0
         self.meters.add(sums)
+        if "unrelated" in sums:
+            self._weight.observe(sums)
         return loss * self.share.replay_factor
+
+    def end_step(self, join: Callable[[Tensor], Tensor]) -> None:
+        """Note the end of an optimizer step, on every rank; `join` is the mean of a vector over them."""
+        self._weight.end_step(self.share.replay_rows, join)
+
+    def save_weight(self, folder: Path) -> None:
+        """Write the state of the weight beside a saved model, if it has one."""
+        state = self._weight.state_dict()
+        if state:
+            write_weight(folder, state)
 
     def name_anchor(self, folder: Path, model: Any) -> None:
         """Write the key of the anchor beside a saved model; training without replay hands on what it was given."""

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import get_last_checkpoint
@@ -37,7 +38,7 @@ class GeReMixin(_Parent):
         reuse_gere_hidden_state: Open an anchor that is there; `False` builds it anew.
         num_interpolate_per_batch: Replay rows in each optimizer step over all ranks. `None` or 0 for no batch
             insertion: the replay set is shuffled into each epoch once.
-        w_strategy: Weight of the margin loss, a number (or its string), or `"dy"` to follow the cross-entropy.
+        w_strategy: Weight of the distance: `"auto"`, a number (or its string), or `"dy"` to follow the cross-entropy.
         gere_config: All other settings.
         **kwargs: Keyword arguments of the parent trainer; `tokenizer=` is taken as `processing_class=`.
 
@@ -57,7 +58,7 @@ class GeReMixin(_Parent):
         gere_hidden_state_saving_dir: str | Path = "./gere_saving",
         reuse_gere_hidden_state: bool = True,
         num_interpolate_per_batch: int | None = None,
-        w_strategy: float | str = "100",
+        w_strategy: float | str = "auto",
         gere_config: GeReConfig | None = None,
         **kwargs: Any,
     ) -> None:
@@ -69,7 +70,7 @@ class GeReMixin(_Parent):
             refuse_unanchorable(self.model)
             if type(self).compute_loss is not GeReMixin.compute_loss:
                 self.compute_loss = self._gere_outer_loss  # type: ignore[method-assign]
-            self.add_callback(AnchorCallback(self._gere_prepare))
+            self.add_callback(AnchorCallback(self._gere_prepare, lambda: self._gere.end_step(self._gere_join)))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the parent does; a checkpoint names the anchor of its run."""
@@ -175,15 +176,20 @@ class GeReMixin(_Parent):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the parent does, with the averages of the replay since the last log."""
         if self._gere.active and "loss" in logs:
-            join = lambda sums: self.accelerator.reduce(sums, reduction="mean")  # noqa: E731
-            logs = {**logs, **self._gere.meters.read(join, self.args.device)}
+            logs = {**logs, **self._gere.meters.read(self._gere_join, self.args.device)}
         super().log(logs, *args, **kwargs)
 
+    def _gere_join(self, vector: Tensor) -> Tensor:
+        """Mean of a vector over the ranks."""
+        return self.accelerator.reduce(vector.to(self.args.device), reduction="mean")
+
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Save as the parent does, with the key of the anchor."""
+        """Save as the parent does, with the key of the anchor and the state of the weight."""
         super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save:
-            self._gere.name_anchor(Path(output_dir or str(self.args.output_dir)), self.model)
+            folder = Path(output_dir or str(self.args.output_dir))
+            self._gere.name_anchor(folder, self.model)
+            self._gere.save_weight(folder)
 
     def _gere_prepare(self, resumed: bool) -> None:
         inner = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)

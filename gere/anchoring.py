@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gere.base_model import BaseModel
-from gere.cache import Anchor, BuildPlan, build_anchor, open_named, open_or_build
+from gere.cache import Anchor, BuildPlan, build_anchor, named_fields, open_named, open_or_build
 from gere.cache.files import canonical_json, folder_errors, write_atomic
 from gere.cache.fingerprint import architecture_digest, precision_of, weights_digest
 from gere.config import GeReConfig
@@ -76,18 +76,12 @@ def find_anchor(wish: AnchorWish, model: ReadyModel, replay: ReplaySet, *, resum
         RankFailedError: If another process failed.
     """
     _require_fit(model.inner, replay)
-    key = model.ranks.ask(lambda: _named_key(wish, model, resumed))[0]
+    key = model.ranks.ask(lambda: _named_key(wish, model.inner, resumed))[0]
     fields = _fields(wish.config, model, replay, weights_moved=key is not None)
     if key is not None:
         return open_named(wish.folder, key, fields, model.ranks)
     if resumed:
-        raise CacheMissingError(
-            "Training resumes from a checkpoint that names no anchor, and its model cannot be anchored any more.",
-            where=wish.checkpoint,
-            expected=f"{ANCHOR_FILE}, which GeReTrainer writes into every checkpoint",
-            found="a checkpoint of another trainer, or of GeReTrainer without replay",
-            fix="Start from the base model, or set gere_config.anchor to the key of its anchor.",
-        )
+        raise _names_none(wish)
 
     def build(folder: Path, leads: bool) -> None:
         base = BaseModel(model.inner, replay.pad_id, model.device, model.autocast, whole=model.ranks.lockstep)
@@ -95,6 +89,37 @@ def find_anchor(wish: AnchorWish, model: ReadyModel, replay: ReplaySet, *, resum
         build_anchor(folder, plan, base, ranks=model.ranks, leads=leads, progress=progress)
 
     return open_or_build(wish.folder, fields, build, reuse=wish.reuse, ranks=model.ranks)
+
+
+def texts_of_anchor(wish: AnchorWish, model: nn.Module, ranks: Ranks, *, resumed: bool) -> str | None:
+    """Digest of the texts of the anchor that the run belongs to; `None` if the model is still its own base.
+
+    Args:
+        wish: What the user asked for.
+        model: The model without its distributed wrapper.
+        ranks: All processes; each must call this.
+        resumed: Whether the weights come from a checkpoint.
+
+    Raises:
+        CacheError: If the anchor is missing or damaged.
+        RankFailedError: If another process failed.
+    """
+    key = ranks.ask(lambda: _named_key(wish, model, resumed))[0]
+    if key is not None:
+        return named_fields(wish.folder, key, ranks)["texts"]
+    if resumed:
+        raise _names_none(wish)
+    return None
+
+
+def _names_none(wish: AnchorWish) -> CacheMissingError:
+    return CacheMissingError(
+        "Training resumes from a checkpoint that names no anchor, and its model cannot be anchored any more.",
+        where=wish.checkpoint,
+        expected=f"{ANCHOR_FILE}, which GeReTrainer writes into every checkpoint",
+        found="a checkpoint of another trainer, or of GeReTrainer without replay",
+        fix="Start from the base model, or set gere_config.anchor to the key of its anchor.",
+    )
 
 
 def _plan(config: GeReConfig, fields: Mapping[str, str], replay: ReplaySet) -> BuildPlan:
@@ -108,13 +133,13 @@ def _plan(config: GeReConfig, fields: Mapping[str, str], replay: ReplaySet) -> B
     )
 
 
-def _named_key(wish: AnchorWish, model: ReadyModel, resumed: bool) -> str | None:
+def _named_key(wish: AnchorWish, model: nn.Module, resumed: bool) -> str | None:
     """Key that the user, the checkpoint or the folder of the loaded model names."""
     if wish.config.anchor != "auto":
         return wish.config.anchor.removeprefix("anchor-")
     if resumed:
         return read_key(wish.checkpoint)
-    key = loaded_key(model.inner)
+    key = loaded_key(model)
     if key is not None and not wish.reuse:
         raise ConfigError(
             "This model was tuned from another one, whose anchor its folder names; it would become a base itself.",

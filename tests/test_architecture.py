@@ -14,12 +14,12 @@ import gere
 PACKAGE = Path(gere.__file__).parent
 RANKS = {
     **dict.fromkeys(["errors"], 0),
-    **dict.fromkeys(["config", "losses", "sampler", "meters", "states", "ranks", "sharded"], 1),
+    **dict.fromkeys(["config", "losses", "sampler", "meters", "states", "ranks", "sharded", "sieve", "nucleus"], 1),
     **dict.fromkeys(["_compat"], 2),
-    **dict.fromkeys(["arguments", "cache"], 2),
-    **dict.fromkeys(["replay", "collator"], 3),
-    **dict.fromkeys(["base_model", "checks", "evaluation", "objective"], 4),
-    **dict.fromkeys(["anchoring"], 5),
+    **dict.fromkeys(["arguments", "cache", "dialogue"], 2),
+    **dict.fromkeys(["replay", "collator", "continuation"], 3),
+    **dict.fromkeys(["base_model", "checks", "evaluation", "objective", "sampling"], 4),
+    **dict.fromkeys(["anchoring", "self_replay"], 5),
     **dict.fromkeys(["run", "callbacks"], 6),
     **dict.fromkeys(["trainer"], 7),
     **dict.fromkeys(["integrations", "cli"], 8),
@@ -30,6 +30,9 @@ FORBIDDEN = {
     "losses": {"transformers", "pathlib"},
     "sampler": {"datasets", "transformers"},
     "replay": {"gere.losses", "gere.states"},
+    "sieve": {"torch", "transformers", "pathlib"},
+    "sampling": {"pathlib", "gere.base_model", "gere.cache.build", "gere.cache.resolve"},
+    "self_replay": {"gere.base_model", "gere.cache.build", "gere.cache.resolve"},
     "collator": {"pathlib", "json", "safetensors"},
     "trainer": {"safetensors", "json", "gere.losses", "gere.cache.store"},
 }

@@ -5,4 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-COMMANDS: tuple[Callable[[Any], None], ...] = ()
+from gere.cli import replay
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (replay.add_parser,)

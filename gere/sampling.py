@@ -101,7 +101,8 @@ class TextSampler:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _text(self, ids: list[int], *, plain: bool = False) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=plain, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(ids, skip_special_tokens=plain, clean_up_tokenization_spaces=False)
+        return text.rstrip("\ufffd")  # half a character, where the text was cut
 
     def _require_room(self, model: Any) -> None:
         """Refuse lengths that the model or the template has no room for."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from gere import _compat
 from gere.errors import UnsupportedModelError
@@ -85,7 +85,7 @@ class Writer:
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=settings,
-            logits_processor=[self._nucleus],
+            logits_processor=LogitsProcessorList([self._nucleus]),
         )
         return [_until(row, stops) for row in rows[:, width:].tolist()]
 

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from gere.cache import refuse_other_base
 from gere.cache.files import sha256
 from gere.cache.fingerprint import architecture_digest, weights_digest
 from gere.cache.replay_files import KeptTexts, find_texts, keep_texts, manifests_in, open_texts
 from gere.config import GeReConfig
-from gere.errors import CacheMismatchError, CacheMissingError, ReplaySetError, UnsupportedSettingError
+from gere.drawing import draw
+from gere.errors import CacheMismatchError, CacheMissingError, UnsupportedSettingError
 from gere.ranks import ALONE, Ranks
 from gere.replay import HUB_SIZE, adds_bos, private_copy, require_tokenizer, tokenizer_digest
 from gere.sampling import TextSampler, prompt_of
 from gere.sharded import is_sharded
-from gere.sieve import Sieve
 
 METHOD = "1"  # raised when the same settings would give other texts
-MOST_DRAWS = 4  # samples that are drawn at most for each text that is asked for
 logger = logging.getLogger("gere")
 
 
@@ -101,32 +98,6 @@ def anchored_texts(digest: str, config: GeReConfig, folder: Path, ranks: Ranks =
     return found.texts
 
 
-def draw(batch: Callable[[int], list[Any]], wanted: int, ranks: Ranks = ALONE, *, progress: bool = False) -> Sieve:
-    """Sample until enough is kept; the batches are dealt over the processes, and their order is that of their numbers.
-
-    Args:
-        batch: Gives the samples of a batch by its number.
-        wanted: Texts to keep.
-        ranks: All processes; each must call this.
-        progress: Show a progress bar.
-
-    Raises:
-        ReplaySetError: If four times as many samples did not give enough.
-        RankFailedError: If another process failed.
-    """
-    sieve, number = Sieve(wanted), 0
-    with tqdm(total=wanted, desc="replay texts of the base model", disable=not progress) as bar:
-        while not sieve.full:
-            if sieve.counts["drawn"] >= MOST_DRAWS * wanted:
-                raise _too_few(sieve)
-            mine = number + ranks.index
-            for samples in ranks.ask(lambda mine=mine: batch(mine)):  # type: ignore[misc]
-                sieve.add(samples)
-            number += ranks.count
-            bar.update(len(sieve.texts) - bar.n)
-    return sieve
-
-
 def text_fields(model: nn.Module, tokenizer: Any, config: GeReConfig, ranks: Ranks = ALONE) -> dict[str, str]:
     """All that the texts of a base model depend on.
 
@@ -191,15 +162,3 @@ def _require_same(kept: KeptTexts, config: GeReConfig) -> None:
         )
         error.fields = names
         raise error
-
-
-def _too_few(sieve: Sieve) -> ReplaySetError:
-    counts: Mapping[str, int] = sieve.counts
-    return ReplaySetError(
-        "The base model gives too few usable texts.",
-        where='gere_config.replay_dataset="self"',
-        expected=f"{counts['asked']} texts (gere_config.replay_size) of at most {MOST_DRAWS} times as many samples",
-        found=str(sieve),
-        fix="Too short: set gere_config.max_length higher, or self_prompt to the other one. Duplicates or loops: set "
-        "self_temperature or self_top_p higher. Or set replay_size lower, or replay_dataset to other texts.",
-    )

@@ -16,7 +16,7 @@ RANKS = {
     **dict.fromkeys(["errors"], 0),
     **dict.fromkeys(["config", "losses", "sampler", "meters", "states", "ranks", "sharded", "sieve", "nucleus"], 1),
     **dict.fromkeys(["_compat"], 2),
-    **dict.fromkeys(["arguments", "cache", "dialogue"], 2),
+    **dict.fromkeys(["arguments", "cache", "dialogue", "drawing"], 2),
     **dict.fromkeys(["replay", "collator", "continuation"], 3),
     **dict.fromkeys(["base_model", "checks", "evaluation", "objective", "sampling"], 4),
     **dict.fromkeys(["anchoring", "self_replay"], 5),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
 import pytest
-from conftest import TINY, load_tiny
+from conftest import ROOT, TINY, load_tiny
 from test_self_replay import small
 
 from gere import GeReConfig
@@ -140,6 +141,18 @@ def test_a_file_is_never_overwritten_by_accident(tmp_path, write, capsys):
     said = fails(capsys, "--source", source, "--out", out)
     assert "ConfigError" in said and "--force" in said and out.read_text() == "precious"
     assert main(["replay", "--source", source, "--out", str(out), "--force"]) == 0 and len(records_of(out)) == 1
+
+
+def test_commands_of_the_readme(tmp_path, monkeypatch, capsys):
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("gere replay")]
+    assert len(lines) == 3
+    monkeypatch.chdir(tmp_path)
+    for name in ("base_llms", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for line in lines:
+        assert main(shlex.split(line, comments=True)[1:]) == 0, line
+    shown = capsys.readouterr().out
+    assert "self: 32 texts, 50.0%" in shown and "examples/data/general.jsonl: 32 texts, 50.0%" in shown
 
 
 def test_errors_by_name(tmp_path, write, capsys):

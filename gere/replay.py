@@ -35,21 +35,24 @@ class ReplaySet(NamedTuple):
     fields: dict[str, str]
 
 
-def load_replay_set(config: GeReConfig, tokenizer: Any, cache_folder: Path) -> ReplaySet:
+def load_replay_set(
+    config: GeReConfig, tokenizer: Any, cache_folder: Path, own_texts: Sequence[str] | None = None
+) -> ReplaySet:
     """Read, tokenise and cut the replay set.
 
     Args:
         config: Source, size and length.
         tokenizer: The user's tokenizer; a copy of it is used.
         cache_folder: Where texts from the hub are kept.
+        own_texts: What the base model itself gave, for the source `"self"`.
 
     Raises:
         ReplaySetError: If the set is missing, empty, too short or has rows of no text or of one token.
         ReplayDownloadError: If it is on the hub and cannot be fetched.
         TokenizerError: If there is no tokenizer, or it lacks a token that is needed.
     """
-    _require_tokenizer(config, tokenizer)
-    texts = load_texts(config, cache_folder)
+    require_tokenizer(config, tokenizer)
+    texts = load_texts(config, cache_folder, own_texts)
     rows = tokenize(texts, tokenizer, config)
     fields = {
         "tokenizer": tokenizer_digest(tokenizer),
@@ -60,24 +63,27 @@ def load_replay_set(config: GeReConfig, tokenizer: Any, cache_folder: Path) -> R
     return ReplaySet(rows, tokenizer.pad_token_id, fields)
 
 
-def load_texts(config: GeReConfig, cache_folder: Path) -> list[str]:
+def load_texts(config: GeReConfig, cache_folder: Path, own_texts: Sequence[str] | None = None) -> list[str]:
     """Read the texts of the replay set, whatever holds them.
 
     Args:
         config: Source and size.
         cache_folder: Where texts from the hub are kept.
+        own_texts: What the base model itself gave, for the source `"self"`.
 
     Raises:
         ReplaySetError: If the set is missing, empty or too short, or a row has no text.
         ReplayDownloadError: If it is on the hub and cannot be fetched.
     """
     source = HUB_DATASET if config.replay_dataset is None else config.replay_dataset
-    if isinstance(source, (str, Path)):
+    if config.samples_itself:
+        texts: list[Any] = list(_require_own(own_texts))
+    elif isinstance(source, (str, Path)):
         path = Path(source)
         if path.is_dir():
             texts = _stream(str(source), config, config.replay_size)
         elif path.suffix in SUFFIXES or path.is_file():
-            texts = _read_file(path, config.replay_column)
+            texts = read_file(path, config.replay_column)
         else:
             texts = _read_hub(str(source), config, cache_folder)
     elif hasattr(source, "column_names") and hasattr(source, "__len__") and not isinstance(source, dict):
@@ -101,7 +107,7 @@ def tokenize(texts: Sequence[str], tokenizer: Any, config: GeReConfig) -> list[l
     Raises:
         ReplaySetError: If a row has fewer than two tokens, so that nothing can be predicted.
     """
-    private = copy.deepcopy(tokenizer)  # a call changes the truncation state of a fast tokenizer
+    private = private_copy(tokenizer)
     encoded = private(list(texts), add_special_tokens=config.add_bos is None, verbose=False)["input_ids"]
     prefix = [tokenizer.bos_token_id] if config.add_bos else []
     rows = [(prefix + list(ids))[: config.max_length] for ids in encoded]
@@ -117,13 +123,35 @@ def tokenize(texts: Sequence[str], tokenizer: Any, config: GeReConfig) -> list[l
     return rows
 
 
+def private_copy(tokenizer: Any) -> Any:
+    """A tokenizer to work with; a call changes the truncation state of a fast one."""
+    return copy.deepcopy(tokenizer)
+
+
+def adds_bos(tokenizer: Any, config: GeReConfig) -> bool:
+    """Whether `tokenize` puts the BOS token before a text.
+
+    Args:
+        tokenizer: A copy of the user's tokenizer.
+        config: `add_bos` of it.
+    """
+    if config.add_bos is not None or tokenizer.bos_token_id is None:
+        return bool(config.add_bos)
+    return tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
 def tokenizer_digest(tokenizer: Any) -> str:
     """Digest of the vocabulary and the special tokens."""
     specials = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
     return sha256(canonical_json({"vocabulary": tokenizer.get_vocab(), "special": specials}))
 
 
-def _require_tokenizer(config: GeReConfig, tokenizer: Any) -> None:
+def require_tokenizer(config: GeReConfig, tokenizer: Any) -> None:
+    """Refuse a tokenizer that replay rows cannot be made with.
+
+    Raises:
+        TokenizerError: If there is none, or it lacks a token that is needed.
+    """
     if not hasattr(tokenizer, "get_vocab"):
         raise TokenizerError(
             "Replay needs a tokenizer.",
@@ -150,7 +178,16 @@ def _require_tokenizer(config: GeReConfig, tokenizer: Any) -> None:
         )
 
 
-def _read_file(path: Path, column: str) -> list[Any]:
+def read_file(path: Path, column: str) -> list[Any]:
+    """Read what a file holds in a column, or its texts if they stand alone.
+
+    Args:
+        path: A .jsonl, .json, .parquet or .txt file.
+        column: Column or JSON key.
+
+    Raises:
+        ReplaySetError: If the file cannot be read, or has no such column.
+    """
     try:
         if path.suffix not in SUFFIXES:
             raise ValueError(f"a file of kind {path.suffix or path.name!r}")
@@ -173,6 +210,18 @@ def _read_file(path: Path, column: str) -> list[Any]:
             fix="Correct the path or the file; one JSON record on each line belongs into a .jsonl file.",
         ) from error
     return [_text_of(record, column, f"{path}, record {index}") for index, record in enumerate(records)]
+
+
+def _require_own(own_texts: Sequence[str] | None) -> Sequence[str]:
+    if own_texts is None:
+        raise ReplaySetError(
+            "The replay texts shall come from the base model itself, and there is no model here.",
+            where="gere_config.replay_dataset",
+            expected="texts; only a trainer has a model to sample them from",
+            found="'self'",
+            fix="Write a file by `gere replay --source self --model MODEL --out replay.jsonl`, and set it here.",
+        )
+    return own_texts
 
 
 def _json_lines(content: str) -> list[Any]:
@@ -215,7 +264,7 @@ def _read_hub(name: str, config: GeReConfig, cache_folder: Path) -> list[str]:
     identity = {"name": name, "split": config.replay_split, "column": config.replay_column, "size": size}
     kept = cache_folder / f"replay-{sha256(canonical_json(identity))[:16]}.jsonl"
     if kept.is_file():
-        return _read_file(kept, "text")
+        return read_file(kept, "text")
     texts = _checked(_stream(name, config, size), size)
     make_folder(cache_folder)
     lines = [json.dumps({"text": text, **identity}, ensure_ascii=False) for text in texts]

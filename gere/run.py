@@ -18,6 +18,7 @@ from gere.anchoring import (
     loaded_key,
     read_key,
     target_of,
+    texts_of_anchor,
     write_key,
 )
 from gere.cache import Anchor, Live
@@ -30,6 +31,7 @@ from gere.objective import ReplayObjective, StepShare
 from gere.ranks import ALONE, Ranks
 from gere.replay import ReplaySet, load_replay_set
 from gere.sampler import added_rows
+from gere.self_replay import anchored_texts, base_texts
 from gere.states import StateReader
 from gere.weight_file import read_weight, write_weight
 from gere.weights import make_weight
@@ -84,14 +86,37 @@ class ReplayRun:
         self._objective: ReplayObjective | None = None
         self._reader: StateReader | None = None
 
-    def replay_set(self, tokenizer: Any, ranks: Ranks = ALONE) -> ReplaySet:
-        """The replay set, read once, the same on every rank."""
+    def replay_set(
+        self, tokenizer: Any, ranks: Ranks = ALONE, model: nn.Module | None = None, *, progress: bool = False
+    ) -> ReplaySet:
+        """The replay set, read once, the same on every rank.
+
+        Args:
+            tokenizer: The user's tokenizer.
+            ranks: The processes of the run; each must call this.
+            model: The model without its distributed wrapper, which may be the source of the texts.
+            progress: Show a progress bar.
+        """
         if self._replay_set is None:
-            load = lambda: load_replay_set(self.config, tokenizer, self.folder)  # noqa: E731
+            own = None
+            if self.config.samples_itself and model is not None:
+                own = self._own_texts(model, tokenizer, ranks, progress)
+            load = lambda: load_replay_set(self.config, tokenizer, self.folder, own)  # noqa: E731
             self._replay_set = ranks.first_here_first(load)
             fields = ranks.gather(self._replay_set.fields)
             ranks.together(lambda: _require_same_texts(fields))
         return self._replay_set
+
+    def _own_texts(self, model: nn.Module, tokenizer: Any, ranks: Ranks, progress: bool) -> list[str]:
+        """Texts of the base model: sampled while the model is its own base, later those of the anchor alone."""
+        digest = texts_of_anchor(self._wish, model, ranks, resumed=self.checkpoint is not None)
+        if digest is not None:
+            return anchored_texts(digest, self.config, self.folder, ranks)
+        return base_texts(model, tokenizer, self.config, self.folder, reuse=self.reuse, ranks=ranks, progress=progress)
+
+    @property
+    def _wish(self) -> AnchorWish:
+        return AnchorWish(self.folder, self.reuse, self.config, self.checkpoint)
 
     def collator(self, task_collator: Any, tokenizer: Any, spare: Callable[[], Any] | None = None) -> MixedCollator:
         """Collator of mixed batches; it knows the anchor as soon as that is open."""
@@ -159,8 +184,7 @@ class ReplayRun:
         """
         replay = self.replay_set(tokenizer)
         if self.anchor is None or resumed or model.fresh:
-            wish = AnchorWish(self.folder, self.reuse, self.config, self.checkpoint)
-            self.anchor = find_anchor(wish, model, replay, resumed=resumed, progress=progress)
+            self.anchor = find_anchor(self._wish, model, replay, resumed=resumed, progress=progress)
             self._weight = make_weight(self.w_strategy)
             self._weight.load_state_dict(read_weight(self.checkpoint) if resumed else {})
         target = target_of(self.config, model.inner)

@@ -85,7 +85,9 @@ class GeReMixin(_Parent):
         if not self._gere.active or self.train_dataset is None:
             return super().get_train_dataloader()
         checks.refuse_settings(self)
-        replay = self._gere.replay_set(self.processing_class, _compat.ranks_of(self))
+        replay = self._gere.replay_set(
+            self.processing_class, _compat.ranks_of(self), self.model, progress=self._gere_shows_progress
+        )
         why, order = checks.why_added(self), None
         if why is None:
             task, collator = _compat.without_unused_columns(self)
@@ -202,8 +204,11 @@ class GeReMixin(_Parent):
             fresh=self.model_init is not None,
             ranks=_compat.ranks_of(self, lockstep=is_sharded(inner)),
         )
-        show = self.is_world_process_zero() and not self.args.disable_tqdm
-        self._gere.prepare(model, self.processing_class, resumed=resumed, progress=show)
+        self._gere.prepare(model, self.processing_class, resumed=resumed, progress=self._gere_shows_progress)
+
+    @property
+    def _gere_shows_progress(self) -> bool:
+        return self.is_world_process_zero() and not self.args.disable_tqdm
 
     @contextmanager
     def _gere_data(self, dataset: Any, collator: Any, sampler: Callable[..., Any] | None = None) -> Iterator[None]:

@@ -1,13 +1,12 @@
 """Weight of the distance of each replay row: fixed, dynamic, or in units of the model's own.
 
-Why `auto` is what it is: a distance has a scale of its own in every model and for every strategy, so that a number that
-is right for one is wrong for another. What all of them share is the distance of a row to a text that it has nothing
-to do with. `auto` measures that, and lets the distance cost as much there as 100 nats of cross-entropy.
+A distance has a scale of its own in every model and for every strategy, so that a number that is right for one is wrong
+for another. What all share is the distance of a row to text that it has nothing to do with. `auto` measures that, and
+lets the distance cost as much there as 100 nats of cross-entropy.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -18,7 +17,7 @@ AUTO_NATS = 100.0  # chosen by docs/strategies.md: best, or within the noise, in
 CALIBRATION_ROWS = 64
 
 
-class RowWeight(ABC):
+class RowWeight:
     """Weight of each row; carries no gradient and needs no device sync.
 
     Attributes:
@@ -27,9 +26,9 @@ class RowWeight(ABC):
 
     calibrating = False
 
-    @abstractmethod
     def __call__(self, ce: Tensor, distance: Tensor) -> Tensor:
         """Weights, shape [b], from cross-entropy and distance of each row, shape [b]."""
+        raise NotImplementedError
 
     def observe(self, sums: Mapping[str, Tensor]) -> None:
         """Take note of a micro-batch: `unrelated`, the sum over its `rows`."""

@@ -69,6 +69,8 @@ def test_as_many_replay_rows_as_the_batch(make_trainer, value):
     ("field", "value"),
     [
         ("replay_strategy", "kl2"), ("normalization", "rows"), ("max_length", 1), ("max_length", "563"),
+        ("self_prompt", "user"), ("self_temperature", 0), ("self_top_p", 1.5), ("self_top_p", 0), ("self_seed", -1),
+        ("self_batch_size", 0),
         ("band_width", 0), ("band_width", "1"), ("std_floor", -1.0), ("replay_size", 0), ("add_bos", "yes"),
         ("anchor", ""), ("replay_column", 5), ("replay_split", ""), ("anchor_batch_tokens", 0),
     ],

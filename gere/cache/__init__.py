@@ -12,8 +12,10 @@ from gere.cache.codec import regions as regions
 from gere.cache.codec import unpack as unpack
 from gere.cache.plan import BuildPlan as BuildPlan
 from gere.cache.plan import Distilled as Distilled
+from gere.cache.resolve import named_fields as named_fields
 from gere.cache.resolve import open_named as open_named
 from gere.cache.resolve import open_or_build as open_or_build
+from gere.cache.resolve import refuse_other_base as refuse_other_base
 from gere.cache.store import Anchor as Anchor
 from gere.cache.targets import Likeliest as Likeliest
 from gere.cache.targets import Live as Live

@@ -132,16 +132,42 @@ def _locked(root: Path, ranks: Ranks) -> Iterator[bool]:
         lock.release()
 
 
+def named_fields(root: Path, key: str, ranks: Ranks = ALONE) -> dict[str, str]:
+    """What the anchor depends on that a checkpoint, a model or the user names, wherever a process has it.
+
+    Args:
+        root: Cache folder.
+        key: Key of the anchor.
+        ranks: All processes; each must call this.
+
+    Raises:
+        CacheMissingError: If no process has it.
+        CacheCorruptError: If its manifest is damaged.
+        RankFailedError: If another process failed.
+    """
+    folder = anchor_folder(root, key)
+    places = (folder, partial_folder(folder))  # a kill may have come before the last rename
+    there = ranks.ask(lambda: next((read_manifest(path) for path in places if (path / MANIFEST).exists()), None))
+    found = next((manifest["fields"] for manifest in there if manifest is not None), None)
+    if found is None:
+        raise _missing(root, folder)
+    return found
+
+
+def _missing(root: Path, folder: Path) -> CacheMissingError:
+    return CacheMissingError(
+        "The anchor of this run is not in the cache folder, and a trained model cannot be anchored again.",
+        where=root,
+        expected=folder.name,
+        found=", ".join(path.name for path in anchors_in(root)) or "no anchor",
+        fix="Set gere_hidden_state_saving_dir to the folder of the first run, or copy that folder here; or make "
+        "the anchor again by one step from the base model with the same settings, which gives the same key.",
+    )
+
+
 def _open_same(root: Path, folder: Path, fields: Mapping[str, str]) -> Anchor:
     if not (folder / MANIFEST).exists():
-        raise CacheMissingError(
-            "The anchor of this run is not in the cache folder, and a trained model cannot be anchored again.",
-            where=root,
-            expected=folder.name,
-            found=", ".join(path.name for path in anchors_in(root)) or "no anchor",
-            fix="Set gere_hidden_state_saving_dir to the folder of the first run, or copy that folder here; or make "
-            "the anchor again by one step from the base model with the same settings, which gives the same key.",
-        )
+        raise _missing(root, folder)
     anchor = open_whole(folder)
     _require_same(fields, {name: anchor.fields.get(name, "") for name in fields}, folder, NAMED_WAY_ON)
     return anchor
@@ -177,6 +203,23 @@ def _refuse_others(root: Path, fields: Mapping[str, str]) -> None:
         nearest, found = min(others, key=lambda other: len(differences(fields, other[1])))
         names = differences(fields, found)
         _require_same(fields, found, nearest, WAYS_ON["weights" if "weights" in names else ""])
+
+
+def refuse_other_base(root: Path, weights: str) -> None:
+    """Refuse a model that no anchor of a cache folder belongs to, before anything is made from it.
+
+    Args:
+        root: Cache folder; without anchors it takes any model.
+        weights: Digest of the weights of the model.
+
+    Raises:
+        CacheMismatchError: If all anchors are those of other weights.
+        CacheCorruptError: If a manifest is damaged.
+    """
+    others = {path: read_manifest(path)["fields"]["weights"] for path in anchors_in(root)}
+    if others and weights not in others.values():
+        path, found = next(iter(others.items()))
+        _require_same({"weights": weights}, {"weights": found}, path, WAYS_ON["weights"])
 
 
 def _require_same(wanted: Mapping[str, str], found: Mapping[str, str], folder: Path, fix: str) -> None:

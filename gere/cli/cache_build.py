@@ -35,7 +35,8 @@ def build(options: argparse.Namespace) -> int:
         ranks = _compat.ranks_of(prepared)
         tokenizer = load_tokenizer(options.tokenizer or options.model, options.pad_token)
         model = load_model(options.model, options.dtype, prepared.device)
-        run.replay_set(tokenizer, ranks)  # before autocast is wrapped around the model, as in a training
+        # before autocast is wrapped around the model, as in a training
+        run.replay_set(tokenizer, ranks, model, progress=ranks.index == 0)
         there = _times(run.folder)
         run.prepare(_ready(model, prepared, ranks), tokenizer, resumed=False, progress=ranks.index == 0)
         if ranks.index == 0 and run.anchor is not None:
@@ -50,7 +51,7 @@ def _run(options: argparse.Namespace) -> ReplayRun:
     named = kwargs.get("gere_hidden_state_saving_dir", options.folder)
     same = Path(named).resolve() == options.folder.resolve()
     require(same, "gere_hidden_state_saving_dir", f"FOLDER, {options.folder}", str(named))
-    run = ReplayRun(options.folder, kwargs.get("reuse_gere_hidden_state", True), None, "100", kwargs["gere_config"])
+    run = ReplayRun(options.folder, kwargs.get("reuse_gere_hidden_state", True), None, "auto", kwargs["gere_config"])
     require(run.active, "gere_config.replay_strategy", "a strategy with an anchor", run.config.replay_strategy)
     return run
 

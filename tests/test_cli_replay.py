@@ -1,0 +1,171 @@
+"""`gere replay`: one file of several sources, what is in it, and no torch for a look at the help."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY, load_tiny
+from test_self_replay import small
+
+from gere import GeReConfig
+from gere.anchoring import write_key
+from gere.cli.main import main
+from gere.cli.report import Record, describe, without_repeats
+from gere.replay import load_texts
+from gere.self_replay import base_texts
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, records):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def records_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def fails(capsys, *words):
+    assert main(["replay", *map(str, words)]) == 1
+    return capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy():
+    script = (
+        "import sys\nfrom gere.cli.main import main\ntry:\n    main(['replay', '--help'])\nexcept SystemExit:\n"
+        "    sys.stderr.write(' '.join({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == "" and "--source" in done.stdout and "--temperature" in done.stdout
+
+
+def test_texts_of_a_model_are_those_of_a_training(tmp_path, tokenizer, capsys):
+    out = tmp_path / "new" / "replay.jsonl"
+    words = [
+        "--source",
+        "self",
+        "--size",
+        12,
+        "--model",
+        TINY,
+        "--max-length",
+        32,
+        "--batch-size",
+        8,
+        "--device",
+        "cpu",
+    ]
+    assert main(["replay", *map(str, words), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    texts = base_texts(load_tiny(), tokenizer, small(), tmp_path / "cache")
+    assert records_of(out) == [{"text": text, "source": "self"} for text in texts]
+    assert load_texts(GeReConfig(replay_dataset=str(out)), tmp_path) == texts
+    assert "texts        12\n" in shown and "self: 12 texts, 100.0%" in shown and "wrote 12 texts" in shown
+    assert "tokens" in shown and "longer than 32 tokens" in shown
+
+
+def test_saving_dir_finds_and_keeps_texts(tmp_path, capsys, monkeypatch):
+    words = [
+        "--source",
+        "self=9",
+        "--model",
+        str(TINY),
+        "--max-length",
+        "24",
+        "--saving-dir",
+        str(tmp_path / "saving"),
+    ]
+    words += ["--device", "cpu"]
+    assert main(["replay", *words]) == 0 and len(list((tmp_path / "saving").glob("replay-*"))) == 2
+    monkeypatch.setattr("gere.sampling.TextSampler.batch", None)
+    assert main(["replay", *words]) == 0
+    first, second = capsys.readouterr().out.split("texts        9")[1:]
+    assert first == second and list(tmp_path.iterdir()) == [tmp_path / "saving"], (
+        "without --out nothing else is written"
+    )
+
+
+def test_sources_are_mixed_and_repeats_dropped(tmp_path, write, capsys):
+    mixed = [{"text": f"web text {row}", "source": "web" if row % 2 else "books"} for row in range(6)]
+    first = write("mixed.jsonl", mixed)
+    second = write("plain.jsonl", ["web text 1", "WEB   text 3", "la " * 40, "new"])
+    out = tmp_path / "out.jsonl"
+    assert main(["replay", "--source", f"{first}=4", "--source", second, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert records_of(out) == [
+        *mixed[:4],
+        *({"text": text, "source": second} for text in ("WEB   text 3", "la " * 40, "new")),
+    ]
+    for line in ("texts        8\n", "repeated     1 texts", "near repeats 1 more", "loops        1 texts"):
+        assert line in shown
+    assert "words" in shown and "books: 2 texts, 25.0%" in shown and f"{second}: 4 texts, 50.0%" in shown
+    assert shown.endswith(f"wrote 7 texts to {out}\n")
+
+
+def test_hub_sources(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def stream(name, config, size):
+        asked.append((name, config.replay_split, config.replay_column, size))
+        return [f"{name} {row}" for row in range(size)]
+
+    monkeypatch.setattr("gere.replay._stream", stream)
+    words = ["--source", "hub=3", "--source", "someone/general=2", "--split", "dev", "--column", "body"]
+    assert main(["replay", *words, "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert asked == [("DKYoon/SlimPajama-6B", "dev", "body", 3), ("someone/general", "dev", "body", 2)]
+    assert [record["source"] for record in records_of(tmp_path / "out.jsonl")] == ["hub"] * 3 + ["someone/general"] * 2
+    assert "hub: 3 texts, 60.0%" in capsys.readouterr().out
+
+
+def test_numbers_of_the_report(tokenizer):
+    records = [Record("one two", "a"), Record("One  two", "b"), Record("one two", "b"), Record("la " * 30, "b")]
+    shown = describe(records, tokenizer, GeReConfig(max_length=20))
+    whole = [len(ids) for ids in tokenizer([record.text for record in records])["input_ids"]]
+    assert f"tokens       {sum(whole):,} (of a text: min {min(whole):,}" in shown and f"max {max(whole)}" in shown
+    assert "cut          1 texts" in shown and "repeated     1 texts" in shown and "near repeats 1 more" in shown
+    assert "b: 3 texts, 75.0%" in shown and "loops        1 texts" in shown
+    assert without_repeats(records) == [*records[:2], records[3]]
+
+
+def test_a_file_is_never_overwritten_by_accident(tmp_path, write, capsys):
+    source, out = write("texts.jsonl", ["a text"]), tmp_path / "out.jsonl"
+    out.write_text("precious")
+    said = fails(capsys, "--source", source, "--out", out)
+    assert "ConfigError" in said and "--force" in said and out.read_text() == "precious"
+    assert main(["replay", "--source", source, "--out", str(out), "--force"]) == 0 and len(records_of(out)) == 1
+
+
+def test_commands_of_the_readme(tmp_path, monkeypatch, capsys):
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("gere replay")]
+    assert len(lines) == 3
+    monkeypatch.chdir(tmp_path)
+    for name in ("base_llms", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for line in lines:
+        assert main(shlex.split(line, comments=True)[1:]) == 0, line
+    shown = capsys.readouterr().out
+    assert "self: 32 texts, 50.0%" in shown and "examples/data/general.jsonl: 32 texts, 50.0%" in shown
+
+
+def test_errors_by_name(tmp_path, write, capsys):
+    assert "--model" in fails(capsys, "--source", "self")
+    assert "cannot be loaded" in fails(capsys, "--source", "self", "--model", tmp_path / "nothing")
+    assert "self_top_p" in fails(capsys, "--source", "self", "--model", TINY, "--top-p", "2")
+    assert "replay_size" in fails(capsys, "--source", "self=0", "--model", TINY)
+    assert "ReplaySetError" in fails(capsys, "--source", tmp_path / "no.jsonl")
+    assert "replay_column" in fails(capsys, "--source", write("a.jsonl", [{"body": "x y"}]))
+    tuned = tmp_path / "tuned"
+    load_tiny().save_pretrained(tuned)
+    write_key(tuned, "0" * 32)
+    said = fails(capsys, "--source", "self", "--model", tuned, "--tokenizer", TINY)
+    assert "tuned from another one" in said and "gere_anchor.json" in said
+    with pytest.raises(SystemExit):
+        main(["replay"])

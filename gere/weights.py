@@ -1,6 +1,6 @@
 """Weight of the distance of each replay row: fixed, dynamic, or in units of the model's own.
 
-A distance has a scale of its own in every model and for every strategy, so that a number that is right for one is wrong
+A distance has a scale of its own in every model and for every strategy, so a number that is right for one is wrong
 for another. What all share is the distance of a row to text that it has nothing to do with. `auto` measures that, and
 lets the distance cost as much there as 100 nats of cross-entropy.
 """

@@ -98,48 +98,46 @@ def is_number(weight: str) -> bool:
 
 def table(points: Sequence[Point], base: Mapping[str, float]) -> str:
     """Markdown table of all points."""
-    head = (
-        "| strategy, weight | task accuracy | task loss | general loss | forgetting | seconds | anchor, kB | seeds |"
-    )
-    lines = [head, "|---|---|---|---|---|---|---|---|"]
-    lines.append(
-        f"| base model | {base['accuracy']:.3f} | {base['task_loss']:.3f} | {base['general_loss']:.3f} | | | | |"
-    )
+    rows = [
+        ("base model", f"{base['accuracy']:.3f}", f"{base['task_loss']:.3f}", f"{base['general_loss']:.3f}", *[""] * 4)
+    ]
     for p in points:
-        general, accuracy = (
-            f"{value:.3f} ± {sd:.3f}" for value, sd in zip((p.general, p.accuracy), p.spread, strict=True)
-        )
-        lost = p.general - base["general_loss"]
-        lines.append(
-            f"| {p.name} | {accuracy} | {p.task_loss:.3f} | {general} | {lost:+.3f} | {p.seconds:.0f} "
-            f"| {p.bytes / 1000:.0f} | {p.seeds} |"
-        )
-    return "\n".join(lines)
+        accuracy, general = f"{p.accuracy:.3f} ± {p.spread[1]:.3f}", f"{p.general:.3f} ± {p.spread[0]:.3f}"
+        lost, size = f"{p.general - base['general_loss']:+.3f}", f"{p.bytes / 1000:.0f}"
+        rows.append((p.name, accuracy, f"{p.task_loss:.3f}", general, lost, f"{p.seconds:.0f}", size, str(p.seeds)))
+    head = (
+        "strategy, weight",
+        "task accuracy",
+        "task loss",
+        "general loss",
+        "forgetting",
+        "seconds",
+        "anchor, kB",
+        "seeds",
+    )
+    return _markdown(head, rows)
 
 
 def summary(points: Sequence[Point], base: Mapping[str, float]) -> str:
     """Markdown: the area of each strategy over its numbers, and where `auto` and `dy` lie against the best of them."""
     start = base["general_loss"], base["accuracy"]
     worst = next(point.general for point in points if point.family == "ce")
-    numbers = [point for point in points if is_number(point.weight) and point.family not in ("none",)]
-    families = dict.fromkeys(point.family for point in numbers)
-    lines = ["| strategy | weights | area |", "|---|---|---|"]
-    for family in families:
+    numbers = [point for point in points if is_number(point.weight) and point.family != "none"]
+    areas = []
+    for family in dict.fromkeys(point.family for point in numbers):
         own = [point for point in numbers if point.family == family]
         weights = "-" if family == "ce" else ", ".join(point.weight for point in own)
-        lines.append(f"| {family} | {weights} | {area(own, start, worst):.4f} |")
-    lines += [
-        "",
-        "| without a number | general loss | accuracy | best curve of all there | difference |",
-        "|---|---|---|---|---|",
-    ]
-    for point in points:
-        if not is_number(point.weight):
-            best = float(best_accuracy(numbers, start, np.array([max(point.general, start[0])]))[0])
-            lines.append(
-                f"| {point.name} | {point.general:.3f} | {point.accuracy:.4f} | {best:.4f} | {point.accuracy - best:+.4f} |"
-            )
-    return "\n".join(lines)
+        areas.append((family, weights, f"{area(own, start, worst):.4f}"))
+    free = []
+    for p in (point for point in points if not is_number(point.weight)):
+        best = float(best_accuracy(numbers, start, np.array([max(p.general, start[0])]))[0])
+        free.append((p.name, f"{p.general:.3f}", f"{p.accuracy:.4f}", f"{best:.4f}", f"{p.accuracy - best:+.4f}"))
+    head = ("without a number", "general loss", "accuracy", "best of all curves there", "difference")
+    return _markdown(("strategy", "weights", "area"), areas) + "\n\n" + _markdown(head, free)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def plot(points: Sequence[Point], base: Mapping[str, float], title: str, path: Path) -> None:

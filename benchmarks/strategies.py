@@ -3,7 +3,7 @@
     python -m benchmarks.strategies --model MODEL --steps 30 --seeds 0 1 2 --out OUT \
         --task-file task.jsonl --dev-file dev.jsonl --general-file general.jsonl
 
-Task records have `input` and `output`, general records `text`; the last `--heldout` general texts are never trained on.
+Task records have `input` and `output`, general records `text`; the last `--heldout` general texts are held out.
 Runs that OUT/runs.jsonl holds are not done again. The tables go to OUT/table.md, the plots beside them.
 """
 
@@ -37,8 +37,12 @@ GRID = {
     ("l1", "violations"): ("1", "3", "10", "30", "auto"),
     ("l2", "violations"): ("0.1", "0.3", "1", "10", "auto"),
 }
-SHUFFLED = (("ce", "violations", "0"), ("tm", "violations", "1"), ("tm", "violations", "100"), ("tm", "violations", "dy"),
-            *((strategy, "elements" if strategy == "tm" else "violations", "auto") for strategy in ("tm", "kl", "l1", "l2")))  # fmt: skip
+SHUFFLED = (
+    ("ce", "violations", "0"),
+    *(("tm", "violations", weight) for weight in ("1", "100", "dy")),
+    ("tm", "elements", "auto"),
+    *((strategy, "violations", "auto") for strategy in ("kl", "l1", "l2")),
+)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 from gere import _compat
 from gere.collator import ROWS, RowCounts
 from gere.errors import ConfigError, UnsupportedSettingError
-from gere.states import is_reentrant
+from gere.states import depth_of, is_reentrant
 
 FSDP_FIX = (
     'Set fsdp_config={"fsdp_version": 2}; on transformers 4 set FSDP_VERSION=2 in the environment, or start by '
@@ -71,6 +71,22 @@ def refuse_reentrant(trainer: Any, model: nn.Module) -> None:
             expected='{"use_reentrant": False}',
             found="use_reentrant True",
             fix=f"Set it so (LLaMA-Factory: use_reentrant_gc: false){ways}.",
+        )
+
+
+def refuse_hidden_layers(layers: Sequence[int], model: nn.Module) -> None:
+    """Refuse to hold inner layers whose states reentrant checkpointing cuts off from the graph.
+
+    Raises:
+        UnsupportedSettingError: If it is on and a layer but the last is held.
+    """
+    if {*layers} - {depth_of(model)} and is_reentrant(model):
+        raise UnsupportedSettingError(
+            "Reentrant checkpointing lets no gradient through the states of inner layers.",
+            where="gradient_checkpointing_kwargs",
+            expected='{"use_reentrant": False} with gere_config.layers',
+            found="use_reentrant True",
+            fix='Set it so, or leave gere_config.layers at "last".',
         )
 
 

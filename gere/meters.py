@@ -7,7 +7,20 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-NAMES = ("task_loss", "steps", "rows", "ce", "gain", "distance", "weight", "active", "violated", "elements")
+NAMES = (
+    "task_loss",
+    "steps",
+    "rows",
+    "ce",
+    "gain",
+    "distance",
+    "weight",
+    "active",
+    "violated",
+    "elements",
+    "unrelated",
+    "known",
+)
 
 
 class Meters:
@@ -62,6 +75,8 @@ def _averages(total: Mapping[str, float], distance: str) -> dict[str, float]:
         if distance:
             logs[f"gere/{distance}"] = total["distance"] / total["rows"]
             logs["gere/weight"] = total["weight"] / total["active"] if total["active"] else 0.0
+    if total["known"]:
+        logs["gere/unrelated"] = total["unrelated"] / total["known"]
     if total["elements"]:
         logs["gere/violations"] = total["violated"] / total["elements"]
     return logs

@@ -56,7 +56,7 @@ class ReplayObjective:
             seen = Seen(reader.states, logits, mask)
             distance, counts = self._distance(seen, targets)
             if self.weight.calibrating:
-                sums["unrelated"] = self._unrelated(self._distance, seen, targets)
+                sums |= {"unrelated": self._unrelated(self._distance, seen, targets), "known": sums["rows"]}
         weight = self.weight(ce, distance)
         active = (distance.detach() > 0).to(ce)
         sums |= {"distance": distance.detach(), "weight": weight * active, "active": active, **counts}

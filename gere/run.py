@@ -168,6 +168,10 @@ class ReplayRun:
             batches.append(self._collator.add(dict(sample), counts, own))
         return batches
 
+    def layers_of(self, model: nn.Module) -> tuple[int, ...]:
+        """Layers of the model whose states are held."""
+        return target_of(self.config, model).layers
+
     def prepare(self, model: ReadyModel, tokenizer: Any, *, resumed: bool, progress: bool) -> None:
         """Open or build the anchor.
 

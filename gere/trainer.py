@@ -196,6 +196,7 @@ class GeReMixin(_Parent):
     def _gere_prepare(self, resumed: bool) -> None:
         inner = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         checks.refuse_reentrant(self, inner)
+        checks.refuse_hidden_layers(self._gere.layers_of(inner), inner)
         model = ReadyModel(
             inner=inner,
             device=self.args.device,

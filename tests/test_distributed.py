@@ -57,6 +57,15 @@ def test_two_processes_follow_the_curve_of_one(tmp_path, alone, replay):
         assert all(len(step) == 16 - replay for step in rows_by_step(ours, 0))
 
 
+@pytest.mark.parametrize("strategy", ["tm", "kl", "l2"])
+def test_the_weight_auto_and_every_strategy_on_two_processes(tmp_path, alone, strategy):
+    """The first rows of all ranks together fix the weight; no rank knows another one's rows before."""
+    job = {"replay": 3, "w": "auto", "steps": 8, "config": {"replay_strategy": strategy}}
+    ours, theirs = run(tmp_path, 2, **job), alone(**job)
+    assert_same_curve(ours, theirs, steps=8)
+    assert ours.logs[0]["gere/weight"] == 0 < ours.logs[-1]["gere/weight"]
+
+
 def test_ranks_of_one_row_each(tmp_path, alone):
     """In the mixed micro-step each rank has either a task row or a replay row."""
     job = {"replay": 1, "global_micro": 2, "accumulation": 8}

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from gere.cache import regions
 from gere.losses import next_token_ce, threshold_margin
-from gere.weights import row_weight
 
 CASES = range(200)
 
@@ -181,11 +180,3 @@ def test_margin_is_zero_in_its_region_and_grows_outside(base, inside, step):
         assert loss(edges[1] + step) == pytest.approx(step)
     if int(region) >= 0:
         assert loss(edges[0] - step) == pytest.approx(step)
-
-
-def test_row_weight():
-    ce, distance = torch.tensor([2.0, 3.0], requires_grad=True), torch.tensor([0.5, 0.0], requires_grad=True)
-    assert row_weight(7.0, ce, distance).tolist() == [7.0, 7.0]
-    dynamic = row_weight("dy", ce, distance)
-    assert dynamic[0].item() == pytest.approx(4.0) and not dynamic.requires_grad
-    assert dynamic[1].item() == pytest.approx(3e8, rel=1e-6)

@@ -1,0 +1,198 @@
+"""The weight of the distance: fixed, dynamic, and `auto`, which must not depend on how the rows are split."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import load_tiny
+
+from gere.collator import REPLAY, ROWS
+from gere.errors import CacheCorruptError, ConfigError, UnsupportedSettingError
+from gere.weight_file import WEIGHT_FILE, read_weight, write_weight
+from gere.weights import AUTO_NATS, CALIBRATION_ROWS, AutoWeight, make_weight
+
+CE = torch.tensor([2.0, 3.0], requires_grad=True)
+DISTANCE = torch.tensor([0.5, 0.0], requires_grad=True)
+
+
+def alone(vector):
+    return vector
+
+
+def seen(unrelated, rows):
+    return {"unrelated": torch.tensor(unrelated), "rows": torch.tensor(float(rows))}
+
+
+def logs_of(trainer):
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+def test_fixed_and_dynamic_weights():
+    assert make_weight(7.0)(CE, DISTANCE).tolist() == [7.0, 7.0]
+    dynamic = make_weight("dy")(CE, DISTANCE)
+    assert dynamic[0].item() == pytest.approx(4.0) and not dynamic.requires_grad
+    assert dynamic[1].item() == pytest.approx(3e8, rel=1e-6)
+    assert not make_weight("dy").calibrating and make_weight(1.0).state_dict() == {}
+
+
+def test_auto_is_a_hundred_nats_over_the_mean_distance_to_unrelated_text():
+    weight = make_weight("auto")
+    assert weight(CE, DISTANCE).tolist() == [0.0, 0.0] and weight.state_dict() == {}
+    weight.observe(seen(6.0, 3))
+    assert weight(CE, DISTANCE).tolist() == [0.0, 0.0]  # the rows of a step do not know each other
+    weight.observe(seen(2.0, 1))
+    weight.end_step(4, alone)
+    found = weight(CE, DISTANCE)
+    assert found.tolist() == [AUTO_NATS / 2] * 2 and not found.requires_grad
+    weight.observe(seen(24.0, 4))
+    weight.end_step(4, alone)
+    assert weight(CE, DISTANCE).tolist() == [AUTO_NATS / 4] * 2
+
+
+def test_auto_stays_once_enough_rows_are_known():
+    weight, joined = AutoWeight(), []
+
+    def join(vector):
+        joined.append(vector)
+        return vector
+
+    for _ in range(CALIBRATION_ROWS // 4):
+        assert weight.calibrating
+        weight.observe(seen(8.0, 4))
+        weight.end_step(4, join)
+    assert not weight.calibrating
+    weight.observe(seen(800.0, 4))
+    weight.end_step(4, join)
+    assert weight(CE, DISTANCE)[0].item() == AUTO_NATS / 2 and len(joined) == CALIBRATION_ROWS // 4
+
+
+def test_a_step_without_replay_rows_asks_no_rank():
+    weight = AutoWeight()
+    weight.end_step(0, lambda vector: pytest.fail("no step without rows may wait for others"))
+    assert weight.calibrating
+
+
+def test_auto_goes_on_from_its_state():
+    first, second = AutoWeight(), AutoWeight()
+    for weight in (first, second):
+        weight.observe(seen(8.0, 4))
+        weight.end_step(4, alone)
+    resumed = AutoWeight()
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for weight in (second, resumed):
+        weight.observe(seen(1.0, 2))
+        weight.end_step(2, alone)
+    assert resumed.state_dict() == second.state_dict()
+    assert torch.equal(resumed(CE, DISTANCE), second(CE, DISTANCE))
+
+
+@pytest.mark.parametrize("strategy", ["tm", "kl", "l1", "l2"])
+def test_auto_in_training(make_trainer, strategy):
+    trainer = make_trainer(w="auto", config={"replay_strategy": strategy})
+    trainer.train()
+    first, *later = logs_of(trainer)
+    assert first["gere/weight"] == 0 and first[f"gere/{strategy}"] == 0
+    assert all(log["gere/weight"] * log["gere/unrelated"] == pytest.approx(AUTO_NATS, rel=0.2) for log in later)
+    replay = trainer._gere._collator.replay_batch(range(3))
+    lengths = replay["attention_mask"].sum(dim=1).tolist()
+    rows = [row for row, _ in enumerate(lengths)]
+    turned = {name: values.clone() for name, values in replay.items()}
+    for row, n in zip(rows, lengths, strict=True):  # the targets of each row, half a row further on
+        for name in [name for name in replay if name.startswith("target_")]:
+            turned[name][row, :n] = replay[name][row, :n].roll(-(n // 2), 0)
+    objective, reader = trainer._gere._objective, trainer._gere._reader
+    base = load_tiny().eval()
+    trainer._gere._reader = reader = type(reader)(base, reader._layers)
+    with torch.no_grad():
+        _, plain = objective(base, reader, replay)
+        _, other = objective(base, reader, turned)
+    assert plain["unrelated"].item() == pytest.approx(other["distance"].item(), rel=1e-5)
+
+
+def test_auto_does_not_depend_on_how_the_rows_are_split(make_trainer, arguments):
+    kinds = [(8, 1, 3), (4, 2, 3), (2, 4, 3)]
+    runs = []
+    for rows, accumulation, replay in kinds:
+        args = arguments(
+            per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation, max_steps=5, save_strategy="no"
+        )
+        trainer = make_trainer(args=args, w="auto", replay=replay)
+        trainer.train()
+        runs.append(logs_of(trainer))
+    for other in runs[1:]:
+        for one, two in zip(runs[0], other, strict=True):
+            for key in ("loss", "grad_norm", "gere/tm", "gere/weight", "gere/unrelated"):
+                assert one.get(key) == pytest.approx(two.get(key), rel=2e-4, abs=1e-6), key
+
+
+def test_resume_keeps_the_weight(make_trainer, arguments, tmp_path):
+    """Stopped in the middle of the calibration."""
+    args = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(args=arguments(**args), w="auto")
+    whole.train()
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    assert read_weight(checkpoint)["rows"] == 12
+    resumed = make_trainer(args=arguments(**args, output_dir=str(tmp_path / "again")), w="auto")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for one, two in zip(logs_of(whole)[3:], logs_of(resumed)[3:], strict=True):
+        assert one["gere/weight"] == pytest.approx(two["gere/weight"], rel=1e-6)
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    states = [read_weight(tmp_path / folder / "checkpoint-6") for folder in ("again", "out")]
+    assert states[0] == pytest.approx(states[1])
+
+
+def test_a_fixed_weight_leaves_no_file(make_trainer, tmp_path):
+    trainer = make_trainer(w="1")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / WEIGHT_FILE).exists() and read_weight(tmp_path / "saved") == {}
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"unrelated": 1}', '{"unrelated": "NaN", "number": 1, "rows": 1}',
+                '{"unrelated": 0, "number": 1, "rows": 1}']
+)  # fmt: skip
+def test_a_damaged_state_is_refused(tmp_path, content):
+    write_weight(tmp_path, {"unrelated": 8.0, "number": 4.0, "rows": 4})
+    assert read_weight(tmp_path) == {"unrelated": 8.0, "number": 4.0, "rows": 4.0}
+    (tmp_path / WEIGHT_FILE).write_text(content)
+    with pytest.raises(CacheCorruptError, match="replay weight") as caught:
+        read_weight(tmp_path)
+    assert "next:" in str(caught.value)
+
+
+@pytest.mark.parametrize(("w", "normalization"), [("auto", "elements"), ("dy", "violations"), ("100", "violations")])
+def test_the_normalization_fits_the_weight(make_trainer, w, normalization):
+    """Numbers and `dy` are the official ones, and so is what they weigh."""
+    trainer = make_trainer(w=w)
+    trainer.train()
+    assert trainer._gere._objective._distance._normalization == normalization
+    trainer = make_trainer(w=w, config={"normalization": "elements"})
+    trainer.train()
+    assert trainer._gere._objective._distance._normalization == "elements"
+
+
+@pytest.mark.parametrize("w", ["Auto", "", "-1", True, None, "nan"])
+def test_bad_weights_are_refused(make_trainer, w):
+    with pytest.raises(ConfigError, match="w_strategy"):
+        make_trainer(w=w)
+
+
+def test_inner_layers_need_checkpointing_that_lets_the_gradient_through(make_trainer, arguments, tmp_path):
+    def train(reentrant, layers):
+        args = arguments(
+            gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}, max_steps=2
+        )
+        folder = tmp_path / f"layers-{layers}"
+        trainer = make_trainer(args=args, config={"layers": layers}, gere_hidden_state_saving_dir=folder)
+        trainer.train()
+        return trainer
+
+    with pytest.raises(UnsupportedSettingError, match="inner layers"):
+        train(True, [1, 2])
+    trainer = train(False, [1, 2])
+    replay = trainer._gere._collator.replay_batch(range(2))
+    trainer.compute_loss(trainer.model, {REPLAY: replay, ROWS: (0, 2, 0, 2)}).backward()
+    train(True, "last")

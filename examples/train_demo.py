@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=16, help="rows of an optimizer step")
     add("--micro-batch-size", type=int, default=4, help="rows of a forward pass")
     add("--replay-per-batch", type=int, default=4, help="replay rows of an optimizer step")
-    add("--w-strategy", default="dy", help="weight of the margin loss: a number or dy")
+    add("--w-strategy", default="auto", help="weight of the distance to the base model: auto, a number or dy")
     add("--learning-rate", type=float, default=5e-3)
     add("--task-rows", type=int, default=0, help="use so many of the shortest task rows, 0 for all")
     add("--task-dev-rows", type=int, default=64, help="task rows held out for the task loss")

@@ -31,10 +31,10 @@ from gere.objective import ReplayObjective, StepShare
 from gere.ranks import ALONE, Ranks
 from gere.replay import ReplaySet, load_replay_set
 from gere.sampler import added_rows
-from gere.self_replay import anchored_texts, base_texts
 from gere.states import StateReader
 from gere.weight_file import read_weight, write_weight
 from gere.weights import make_weight
+from gere.writing import anchored_texts, base_texts
 
 logger = logging.getLogger("gere")
 

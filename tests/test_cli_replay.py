@@ -16,7 +16,7 @@ from gere.anchoring import write_key
 from gere.cli.main import main
 from gere.cli.report import Record, describe, without_repeats
 from gere.replay import load_texts
-from gere.self_replay import base_texts
+from gere.writing import base_texts
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_saving_dir_finds_and_keeps_texts(tmp_path, capsys, monkeypatch):
     ]
     words += ["--device", "cpu"]
     assert main(["replay", *words]) == 0 and len(list((tmp_path / "saving").glob("replay-*"))) == 2
-    monkeypatch.setattr("gere.sampling.TextSampler.batch", None)
+    monkeypatch.setattr("gere.writing.sampling.TextSampler.batch", None)
     assert main(["replay", *words]) == 0
     first, second = capsys.readouterr().out.split("texts        9")[1:]
     assert first == second and list(tmp_path.iterdir()) == [tmp_path / "saving"], (

@@ -12,14 +12,10 @@ import torch
 from conftest import load_tiny
 from test_lora import with_lora, with_own_adapter
 from test_ranks import on_all, thread_ranks
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from gere import GeReConfig
 from gere.cache.fingerprint import text_digest
 from gere.cache.replay_files import find_texts, keep_texts, open_texts
-from gere.continuation import Writer
-from gere.dialogue import take_apart
-from gere.drawing import draw
 from gere.errors import (
     CacheCorruptError,
     CacheMismatchError,
@@ -30,11 +26,13 @@ from gere.errors import (
     UnsupportedModelError,
     UnsupportedSettingError,
 )
-from gere.nucleus import Nucleus
 from gere.replay import load_texts, tokenize
-from gere.sampling import TextSampler, prompt_of
-from gere.self_replay import base_texts
-from gere.sieve import Sample, Sieve, is_loop
+from gere.writing import base_texts
+from gere.writing.continuation import Writer
+from gere.writing.dialogue import take_apart
+from gere.writing.drawing import draw
+from gere.writing.sampling import TextSampler, prompt_of
+from gere.writing.sieve import Sample, Sieve, is_loop
 
 SMALL = {"replay_dataset": "self", "replay_size": 12, "max_length": 32, "self_batch_size": 8}
 CHAT = (
@@ -116,15 +114,6 @@ def test_the_adapter_is_disabled(make, tokenizer):
     ids = torch.tensor([[0, 5, 6]])
     with torch.no_grad():
         assert not torch.equal(adapted(input_ids=ids).logits, load_tiny()(input_ids=ids).logits), "no adapter any more"
-
-
-@pytest.mark.parametrize("top_p", [0.1, 0.95, 1.0])
-@pytest.mark.parametrize(("scale", "size"), [(3.0, 100), (3.0, 2000), (0.1, 2000)])
-def test_nucleus_is_that_of_transformers(top_p, scale, size):
-    scores = torch.randn(6, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale
-    theirs = TemperatureLogitsWarper(0.7)(None, scores)
-    theirs = TopPLogitsWarper(top_p)(None, theirs) if top_p < 1 else theirs
-    assert torch.equal(Nucleus(0.7, top_p)(None, scores), theirs)
 
 
 def test_sieve_drops_what_is_short_twice_or_a_loop():
@@ -232,7 +221,7 @@ def test_an_answer_that_ended_is_closed(model, chat_tokenizer, monkeypatch):
     def go_on(self, contexts, most, stops):
         assert stops >= {chat_tokenizer.eos_token_id}
         word = chat_tokenizer("Why not", add_special_tokens=False)["input_ids"]
-        from gere.continuation import Continuation
+        from gere.writing.continuation import Continuation
 
         return [Continuation(word, row == 0) for row in range(len(contexts))]
 
@@ -249,7 +238,7 @@ def test_template_that_ends_a_turn_by_plain_words(model, chat_tokenizer, monkeyp
     answers = iter(["Why so? [END] and more", "No."])
 
     def go_on(self, contexts, most, stops):
-        from gere.continuation import Continuation
+        from gere.writing.continuation import Continuation
 
         ids = chat_tokenizer(next(answers), add_special_tokens=False)["input_ids"]
         return [Continuation(ids, False) for _ in contexts]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gere.anchoring import ANCHOR_FILE, loaded_key
 from gere.config import GeReConfig
 from gere.errors import ConfigError
-from gere.self_replay import base_texts
+from gere.writing import base_texts
 
 
 def load_tokenizer(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from gere.config import GeReConfig
 from gere.errors import ReplaySetError
 from gere.replay import SUFFIXES, adds_bos, private_copy, read_file
-from gere.sieve import is_loop, normalised
+from gere.writing.sieve import is_loop, normalised
 
 
 class Record(NamedTuple):

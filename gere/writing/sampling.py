@@ -9,11 +9,11 @@ from torch import nn
 
 from gere.cache.files import sha256
 from gere.config import GeReConfig
-from gere.continuation import Continuation, Writer
-from gere.dialogue import Dialogue, take_apart
 from gere.errors import ReplaySetError, TokenizerError
 from gere.replay import adds_bos, private_copy
-from gere.sieve import LEAST_TOKENS, Sample
+from gere.writing.continuation import Continuation, Writer
+from gere.writing.dialogue import Dialogue, take_apart
+from gere.writing.sieve import LEAST_TOKENS, Sample
 
 
 class TextSampler:

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from gere.errors import ReplaySetError
 from gere.ranks import ALONE, Ranks
-from gere.sieve import Sample, Sieve
+from gere.writing.sieve import Sample, Sieve
 
 MOST_DRAWS = 4  # samples that are drawn at most for each text that is asked for
 

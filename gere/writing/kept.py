@@ -13,12 +13,12 @@ from gere.cache.files import sha256
 from gere.cache.fingerprint import architecture_digest, weights_digest
 from gere.cache.replay_files import KeptTexts, find_texts, keep_texts, manifests_in, open_texts
 from gere.config import GeReConfig
-from gere.drawing import draw
 from gere.errors import CacheMismatchError, CacheMissingError, UnsupportedSettingError
 from gere.ranks import ALONE, Ranks
 from gere.replay import HUB_SIZE, adds_bos, private_copy, require_tokenizer, tokenizer_digest
-from gere.sampling import TextSampler, prompt_of
 from gere.sharded import is_sharded
+from gere.writing.drawing import draw
+from gere.writing.sampling import TextSampler, prompt_of
 
 METHOD = "1"  # raised when the same settings would give other texts
 logger = logging.getLogger("gere")

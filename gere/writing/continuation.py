@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig
 
 from gere import _compat
 from gere.errors import UnsupportedModelError
-from gere.nucleus import Nucleus
 from gere.states import adapters_disabled, base_module
 
 
@@ -45,7 +44,7 @@ class Writer:
         self._model = model
         self._causal: Any = base_module(model)  # PEFT's own generate puts its generation settings into the model
         self._pad_id = pad_id
-        self._nucleus = Nucleus(temperature, top_p)
+        self._sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0}
         if not callable(getattr(self._causal, "generate", None)):
             raise UnsupportedModelError(
                 "The model cannot write the replay texts.",
@@ -72,9 +71,7 @@ class Writer:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in contexts])
         settings = GenerationConfig(
             do_sample=True,
-            temperature=1.0,  # it, and top-p, are those of the processor
-            top_p=1.0,
-            top_k=0,
+            **self._sampling,
             max_new_tokens=most,
             pad_token_id=self._pad_id,
             eos_token_id=sorted(stops) or None,
@@ -85,7 +82,6 @@ class Writer:
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=settings,
-            logits_processor=LogitsProcessorList([self._nucleus]),
         )
         return [_until(row, stops) for row in rows[:, width:].tolist()]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -38,8 +38,8 @@ def make_distance(config: GeReConfig, w_strategy: float | str, anchor: Anchor) -
     if config.replay_strategy == "kl":
         return LogitDistance(anchor.constants, config.kl_temperature)
     if config.replay_strategy in ("l1", "l2"):
-        distance = l1_distance if config.replay_strategy == "l1" else l2_distance
-        return StateDistance(anchor.constants, distance, BF16_ROUNDING if anchor.dim else 0.0)
+        order = 1 if config.replay_strategy == "l1" else 2
+        return StateDistance(anchor.constants, order, BF16_ROUNDING if anchor.dim else 0.0)
     return None
 
 
@@ -58,7 +58,15 @@ class Seen(NamedTuple):
 
 
 class Distance(Protocol):
-    """Distance of each row and sums for the log."""
+    """Distance of each row and sums for the log.
+
+    Attributes:
+        name: What it is.
+        order: 1 if it grows with the drift, 2 if it grows with its square.
+    """
+
+    name: str
+    order: int
 
     def __call__(self, seen: Seen, targets: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Distance, shape [b], and detached values for the log by name."""
@@ -88,6 +96,8 @@ class MarginDistance(_Constants):
 
     def __init__(self, constants: Mapping[str, Tensor], normalization: Normalization, noise_share: float) -> None:
         super().__init__(constants)
+        self.name = f"tm over {normalization}"
+        self.order = 1 if normalization == "violations" else 2
         self._normalization = normalization
         self._noise_share = noise_share
 
@@ -126,13 +136,15 @@ class StateDistance(_Constants):
 
     Args:
         constants: Noise of each dimension.
-        distance: `l1_distance` or `l2_distance`.
+        order: 1 for the absolute difference, 2 for the square.
         rounding: Largest rounding of a stored element, as a share of it.
     """
 
-    def __init__(self, constants: Mapping[str, Tensor], distance: Callable[..., Tensor], rounding: float) -> None:
+    def __init__(self, constants: Mapping[str, Tensor], order: int, rounding: float) -> None:
         super().__init__(constants)
-        self._distance = distance
+        self.name = f"l{order}"
+        self.order = order
+        self._distance = l1_distance if order == 1 else l2_distance
         self._rounding = rounding
 
     def __call__(self, seen: Seen, targets: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -149,6 +161,8 @@ class LogitDistance(_Constants):
         constants: Noise of a token.
         temperature: What the logits are divided by.
     """
+
+    name, order = "kl", 2
 
     def __init__(self, constants: Mapping[str, Tensor], temperature: float) -> None:
         super().__init__(constants)

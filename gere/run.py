@@ -33,7 +33,7 @@ from gere.replay import ReplaySet, load_replay_set
 from gere.sampler import added_rows
 from gere.states import StateReader
 from gere.weight_file import read_weight, write_weight
-from gere.weights import make_weight
+from gere.weights import RowWeight, make_weight
 from gere.writing import anchored_texts, base_texts
 
 logger = logging.getLogger("gere")
@@ -80,7 +80,7 @@ class ReplayRun:
         self.checkpoint: Path | None = None
         self.share = StepShare(1, 0, 1, None)
         self.meters = Meters()
-        self._weight = make_weight(self.w_strategy)
+        self._weight: RowWeight | None = None
         self._replay_set: ReplaySet | None = None
         self._collator: MixedCollator | None = None
         self._objective: ReplayObjective | None = None
@@ -189,12 +189,15 @@ class ReplayRun:
         replay = self.replay_set(tokenizer)
         if self.anchor is None or resumed or model.fresh:
             self.anchor = find_anchor(self._wish, model, replay, resumed=resumed, progress=progress)
-            self._weight = make_weight(self.w_strategy)
-            self._weight.load_state_dict(read_weight(self.checkpoint) if resumed else {})
+            self._weight = None
         target = target_of(self.config, model.inner)
+        distance = make_distance(self.config, self.w_strategy, self.anchor)
+        if self._weight is None:
+            self._weight = make_weight(self.w_strategy, distance)
+            self._weight.load_state_dict(read_weight(self.checkpoint) if resumed else {})
         self.meters = Meters("" if self.config.replay_strategy == "ce" else self.config.replay_strategy)
         live = base_model(self.config, model, replay).targets if isinstance(target, Live) else None
-        self._objective = ReplayObjective(self._weight, make_distance(self.config, self.w_strategy, self.anchor), live)
+        self._objective = ReplayObjective(self._weight, distance, live)
         self._reader = StateReader(model.inner, target.layers)
         if self._collator is not None:
             self._collator.anchor = self.anchor
@@ -229,17 +232,17 @@ class ReplayRun:
         if not rows:
             return loss * 0.0
         self.meters.add(sums)
-        if "unrelated" in sums:
-            self._weight.observe(sums)
+        self._objective.weight.observe(sums)
         return loss * self.share.replay_factor
 
     def end_step(self, join: Callable[[Tensor], Tensor]) -> None:
         """Note the end of an optimizer step, on every rank; `join` is the mean of a vector over them."""
-        self._weight.end_step(self.share.replay_rows, join)
+        if self._weight is not None:
+            self._weight.end_step(self.share.replay_rows, join)
 
     def save_weight(self, folder: Path) -> None:
         """Write the state of the weight beside a saved model, if it has one."""
-        state = self._weight.state_dict()
+        state = self._weight.state_dict() if self._weight is not None else {}
         if state:
             write_weight(folder, state)
 

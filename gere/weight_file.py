@@ -6,15 +6,16 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gere.cache.files import canonical_json, folder_errors, write_atomic
 from gere.errors import CacheCorruptError
 
 WEIGHT_FILE = "gere_weight.json"
-FIELDS = {"unrelated", "number", "rows"}
+NUMBERS = ("unrelated", "number", "rows")
 
 
-def write_weight(folder: Path, state: Mapping[str, float]) -> None:
+def write_weight(folder: Path, state: Mapping[str, Any]) -> None:
     """Write the state of the weight into a checkpoint.
 
     Raises:
@@ -25,7 +26,7 @@ def write_weight(folder: Path, state: Mapping[str, float]) -> None:
     write_atomic(folder / WEIGHT_FILE, canonical_json({"format_version": 1, **state}))
 
 
-def read_weight(folder: Path | None) -> dict[str, float]:
+def read_weight(folder: Path | None) -> dict[str, Any]:
     """State of the weight in a checkpoint; empty if it names none.
 
     Raises:
@@ -36,15 +37,15 @@ def read_weight(folder: Path | None) -> dict[str, float]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        state = {name: float(content[name]) for name in FIELDS}
-        if not all(math.isfinite(value) and value > 0 for value in state.values()):
-            raise ValueError(f"values that are no positive numbers: {state}")
+        numbers = {name: float(content[name]) for name in NUMBERS}
+        if not all(math.isfinite(value) and value > 0 for value in numbers.values()):
+            raise ValueError(f"values that are no positive numbers: {numbers}")
+        return {"distance": str(content["distance"]), **numbers}
     except (ValueError, KeyError, TypeError) as error:
         raise CacheCorruptError(
             "The state of the replay weight in the checkpoint cannot be used.",
             where=path,
-            expected=f"a JSON object with positive numbers for {', '.join(sorted(FIELDS))}",
+            expected=f"a JSON object with a distance, and positive numbers for {', '.join(NUMBERS)}",
             found=f"{type(error).__name__}: {error}",
             fix="Restore the file; or delete it, and the weight is found again from the next replay rows.",
         ) from error
-    return state

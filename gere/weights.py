@@ -1,20 +1,34 @@
 """Weight of the distance of each replay row: fixed, dynamic, or in units of the model's own.
 
-A distance has a scale of its own in every model and for every strategy, so a number that is right for one is wrong
-for another. What all share is the distance of a row to text that it has nothing to do with. `auto` measures that, and
-lets the distance cost as much there as 100 nats of cross-entropy.
+A distance has a scale of its own in every model and for every strategy, so a number that is right for one is wrong for
+another. What all share is the distance of a row to text that it has nothing to do with. `auto` measures that, and
+weighs the distance so that, a tenth of the way there, all strategies pull alike: by 20 nats for the whole way.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-AUTO_NATS = 100.0  # chosen by docs/strategies.md: best, or within the noise, in full training and in LoRA
+logger = logging.getLogger("gere")
+PULL, DRIFT = 20.0, 0.1  # docs/strategies.md: no other pull is better in full training and in LoRA at once
 CALIBRATION_ROWS = 64
+
+
+def auto_nats(order: int) -> float:
+    """What the distance to unrelated text costs, in nats of cross-entropy.
+
+    Args:
+        order: 1 for a distance that grows with the drift, 2 for one that grows with its square.
+
+    Returns:
+        20 for order 1, 100 for order 2: c such that c r^order has the slope 20 at r = 0.1.
+    """
+    return PULL / (order * DRIFT ** (order - 1))
 
 
 class RowWeight:
@@ -41,11 +55,11 @@ class RowWeight:
             join: Mean of a vector over the ranks.
         """
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same weights."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from the state of a checkpoint."""
 
 
@@ -73,13 +87,19 @@ class DynamicWeight(RowWeight):
 
 
 class AutoWeight(RowWeight):
-    """100 nats / distance to unrelated text, the mean over the first 64 replay rows of the run.
+    """`auto_nats` / distance to unrelated text, the mean over the first 64 replay rows of the run.
 
     The rows of an optimizer step get the weight that follows from the steps before it, so that it does not depend on
     how the rows are split. In the first step, where the distance of an untouched model is 0, it is 0.
+
+    Args:
+        order: Order of the distance, as for `auto_nats`.
+        name: The distance, by which a checkpoint knows what it measured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, order: int, name: str) -> None:
+        self._nats = auto_nats(order)
+        self._name = name
         self._open: Tensor | None = None
         self._known: Tensor | None = None
         self._rows = 0
@@ -94,7 +114,7 @@ class AutoWeight(RowWeight):
         if self._known is None:
             return torch.zeros_like(distance.detach())
         total, rows = self._known.to(distance.device)
-        return (AUTO_NATS * rows / total).to(distance.dtype).expand_as(distance)
+        return (self._nats * rows / total).to(distance.dtype).expand_as(distance)
 
     def observe(self, sums: Mapping[str, Tensor]) -> None:
         """Add the sum over the rows of a micro-batch."""
@@ -112,22 +132,38 @@ class AutoWeight(RowWeight):
         self._open = None
         self._rows += rows
 
-    def state_dict(self) -> dict[str, float]:
-        """Sum of the distances, their number, and the rows of all ranks."""
+    def state_dict(self) -> dict[str, Any]:
+        """The distance, the sum over rows that are known, their number, and the rows of all ranks."""
         if self._known is None:
             return {}
         total, number = self._known.tolist()
-        return {"unrelated": total, "number": number, "rows": self._rows}
+        return {"distance": self._name, "unrelated": total, "number": number, "rows": self._rows}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from what a checkpoint knows."""
-        if state:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint knows, unless it measured another distance."""
+        if state and state["distance"] != self._name:
+            logger.warning("The checkpoint weighed %s; the weight of %s is found anew.", state["distance"], self._name)
+        elif state:
             self._known = torch.tensor([state["unrelated"], state["number"]])
             self._rows = int(state["rows"])
 
 
-def make_weight(w_strategy: float | Literal["dy", "auto"]) -> RowWeight:
-    """The weight that `w_strategy` names."""
+class Weighable(Protocol):
+    """What a weight has to know of a distance.
+
+    Attributes:
+        name: Its name.
+        order: 1 if it grows with the drift, 2 if it grows with its square.
+    """
+
+    name: str
+    order: int
+
+
+def make_weight(w_strategy: float | Literal["dy", "auto"], distance: Weighable | None) -> RowWeight:
+    """The weight that `w_strategy` names; where there is no distance, none is asked for."""
+    if distance is None:
+        return FixedWeight(0.0)
     if w_strategy == "auto":
-        return AutoWeight()
+        return AutoWeight(distance.order, distance.name)
     return DynamicWeight() if w_strategy == "dy" else FixedWeight(w_strategy)

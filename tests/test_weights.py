@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from conftest import load_tiny
 from gere.collator import REPLAY, ROWS
 from gere.errors import CacheCorruptError, ConfigError, UnsupportedSettingError
 from gere.weight_file import WEIGHT_FILE, read_weight, write_weight
-from gere.weights import AUTO_NATS, CALIBRATION_ROWS, AutoWeight, make_weight
+from gere.weights import CALIBRATION_ROWS, AutoWeight, auto_nats, make_weight
 
+ORDERS = {"tm": 2, "kl": 2, "l2": 2, "l1": 1}
+SQUARE = SimpleNamespace(order=2, name="a square")
+NATS = 100.0
 CE = torch.tensor([2.0, 3.0], requires_grad=True)
 DISTANCE = torch.tensor([0.5, 0.0], requires_grad=True)
 
@@ -30,29 +34,29 @@ def logs_of(trainer):
 
 
 def test_fixed_and_dynamic_weights():
-    assert make_weight(7.0)(CE, DISTANCE).tolist() == [7.0, 7.0]
-    dynamic = make_weight("dy")(CE, DISTANCE)
+    assert make_weight(7.0, SQUARE)(CE, DISTANCE).tolist() == [7.0, 7.0]
+    dynamic = make_weight("dy", SQUARE)(CE, DISTANCE)
     assert dynamic[0].item() == pytest.approx(4.0) and not dynamic.requires_grad
     assert dynamic[1].item() == pytest.approx(3e8, rel=1e-6)
-    assert not make_weight("dy").calibrating and make_weight(1.0).state_dict() == {}
+    assert not make_weight("dy", SQUARE).calibrating and make_weight(1.0, SQUARE).state_dict() == {}
 
 
 def test_auto_is_a_hundred_nats_over_the_mean_distance_to_unrelated_text():
-    weight = make_weight("auto")
+    weight = make_weight("auto", SQUARE)
     assert weight(CE, DISTANCE).tolist() == [0.0, 0.0] and weight.state_dict() == {}
     weight.observe(seen(6.0, 3))
     assert weight(CE, DISTANCE).tolist() == [0.0, 0.0]  # the rows of a step do not know each other
     weight.observe(seen(2.0, 1))
     weight.end_step(4, alone)
     found = weight(CE, DISTANCE)
-    assert found.tolist() == [AUTO_NATS / 2] * 2 and not found.requires_grad
+    assert found.tolist() == [NATS / 2] * 2 and not found.requires_grad
     weight.observe(seen(24.0, 4))
     weight.end_step(4, alone)
-    assert weight(CE, DISTANCE).tolist() == [AUTO_NATS / 4] * 2
+    assert weight(CE, DISTANCE).tolist() == [NATS / 4] * 2
 
 
 def test_auto_stays_once_enough_rows_are_known():
-    weight, joined = AutoWeight(), []
+    weight, joined = AutoWeight(2, "a square"), []
 
     def join(vector):
         joined.append(vector)
@@ -65,21 +69,21 @@ def test_auto_stays_once_enough_rows_are_known():
     assert not weight.calibrating
     weight.observe(seen(800.0, 4))
     weight.end_step(4, join)
-    assert weight(CE, DISTANCE)[0].item() == AUTO_NATS / 2 and len(joined) == CALIBRATION_ROWS // 4
+    assert weight(CE, DISTANCE)[0].item() == NATS / 2 and len(joined) == CALIBRATION_ROWS // 4
 
 
 def test_a_step_without_replay_rows_asks_no_rank():
-    weight = AutoWeight()
+    weight = AutoWeight(2, "a square")
     weight.end_step(0, lambda vector: pytest.fail("no step without rows may wait for others"))
     assert weight.calibrating
 
 
 def test_auto_goes_on_from_its_state():
-    first, second = AutoWeight(), AutoWeight()
+    first, second = AutoWeight(2, "a square"), AutoWeight(2, "a square")
     for weight in (first, second):
         weight.observe(seen(8.0, 4))
         weight.end_step(4, alone)
-    resumed = AutoWeight()
+    resumed = AutoWeight(2, "a square")
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for weight in (second, resumed):
         weight.observe(seen(1.0, 2))
@@ -88,13 +92,38 @@ def test_auto_goes_on_from_its_state():
     assert torch.equal(resumed(CE, DISTANCE), second(CE, DISTANCE))
 
 
+def test_orders_pull_alike_a_tenth_of_the_way():
+    for order in (1, 2):
+        slope = order * auto_nats(order) * 0.1 ** (order - 1)
+        assert slope == pytest.approx(20.0)
+
+
+def test_another_distance_is_measured_anew(caplog):
+    weight = AutoWeight(1, "l1")
+    weight.load_state_dict({"distance": "l2", "unrelated": 8.0, "number": 4.0, "rows": 4})
+    assert weight.state_dict() == {} and "l2" in caplog.text
+
+
+def test_label_fitting_has_no_weight(make_trainer, arguments, tmp_path):
+    trainer = make_trainer(
+        w="auto", config={"replay_strategy": "ce"}, args=arguments(save_strategy="steps", save_steps=1)
+    )
+    trainer.train()
+    assert not any("gere/weight" in log or "gere/unrelated" in log for log in logs_of(trainer))
+    assert not list((tmp_path / "out").rglob(WEIGHT_FILE))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+
+
 @pytest.mark.parametrize("strategy", ["tm", "kl", "l1", "l2"])
 def test_auto_in_training(make_trainer, strategy):
     trainer = make_trainer(w="auto", config={"replay_strategy": strategy})
     trainer.train()
     first, *later = logs_of(trainer)
     assert first["gere/weight"] == 0 and first[f"gere/{strategy}"] == 0
-    assert all(log["gere/weight"] * log["gere/unrelated"] == pytest.approx(AUTO_NATS, rel=0.2) for log in later)
+    assert all(
+        log["gere/weight"] * log["gere/unrelated"] == pytest.approx(auto_nats(ORDERS[strategy]), rel=0.2)
+        for log in later
+    )
     replay = trainer._gere._collator.replay_batch(range(3))
     lengths = replay["attention_mask"].sum(dim=1).tolist()
     rows = [row for row, _ in enumerate(lengths)]
@@ -140,6 +169,7 @@ def test_resume_keeps_the_weight(make_trainer, arguments, tmp_path):
         assert one["gere/weight"] == pytest.approx(two["gere/weight"], rel=1e-6)
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
     states = [read_weight(tmp_path / folder / "checkpoint-6") for folder in ("again", "out")]
+    assert states[0].pop("distance") == states[1].pop("distance") == "tm over elements"
     assert states[0] == pytest.approx(states[1])
 
 
@@ -155,8 +185,9 @@ def test_a_fixed_weight_leaves_no_file(make_trainer, tmp_path):
                 '{"unrelated": 0, "number": 1, "rows": 1}']
 )  # fmt: skip
 def test_a_damaged_state_is_refused(tmp_path, content):
-    write_weight(tmp_path, {"unrelated": 8.0, "number": 4.0, "rows": 4})
-    assert read_weight(tmp_path) == {"unrelated": 8.0, "number": 4.0, "rows": 4.0}
+    state = {"distance": "l2", "unrelated": 8.0, "number": 4.0, "rows": 4}
+    write_weight(tmp_path, state)
+    assert read_weight(tmp_path) == state
     (tmp_path / WEIGHT_FILE).write_text(content)
     with pytest.raises(CacheCorruptError, match="replay weight") as caught:
         read_weight(tmp_path)

@@ -121,7 +121,8 @@ def table(points: Sequence[Point], base: Mapping[str, float]) -> str:
 def summary(points: Sequence[Point], base: Mapping[str, float]) -> str:
     """Markdown: the area of each strategy over its numbers, and where `auto` and `dy` lie against the best of them."""
     start = base["general_loss"], base["accuracy"]
-    worst = next(point.general for point in points if point.family == "ce")
+    fitted = [point.general for point in points if point.family == "ce"]
+    worst = fitted[0] if fitted else max(point.general for point in points)
     numbers = [point for point in points if is_number(point.weight) and point.family != "none"]
     areas = []
     for family in dict.fromkeys(point.family for point in numbers):

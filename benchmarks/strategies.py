@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -118,6 +119,7 @@ def work(setting: Setting | None) -> dict[str, Any]:
 def train(options: argparse.Namespace) -> None:
     """Train what is missing, and add each result to the file as soon as it is there."""
     scene = scene_of(options)
+    require_same_scene(options.out / "scene.json", scene)
     file = options.out / "runs.jsonl"
     done = {key_of(run) for run in read_jsonl(file)} if file.is_file() else set()
     missing = [setting for setting in settings(options) if key_of(dataclasses.asdict(setting)) not in done]
@@ -136,6 +138,14 @@ def train(options: argparse.Namespace) -> None:
             lines.flush()
             sys.stderr.write(f"{number}/{len(jobs)} {run['regime']} {run['name']} seed {run['seed']}: accuracy "
                              f"{run['accuracy']:.3f}, general loss {run['general_loss']:.3f}\n")  # fmt: skip
+
+
+def require_same_scene(path: Path, scene: Scene) -> None:
+    """Refuse to add runs to those of another model, other texts or another length."""
+    digest = hashlib.sha256(repr(scene).encode()).hexdigest()
+    if path.is_file() and json.loads(path.read_text())["sha256"] != digest:
+        raise SystemExit(f"{path.parent} holds runs of another scene (model, texts, steps, rates); use another --out")
+    path.write_text(json.dumps({"sha256": digest}))
 
 
 def key_of(run: dict[str, Any]) -> tuple[Any, ...]:

@@ -42,7 +42,7 @@ def shares(states: torch.Tensor) -> list[str]:
     """Negative, neutral and positive share of all elements, by rule."""
     lines = []
     for rule in RULES:
-        bands = rule.bands([rule.summary(states, 1.0)], torch.zeros(states.shape[-1]))
+        bands = rule.bands([rule.summary(states, 1.0, 0)], torch.zeros(states.shape[-1]))
         code = regions(states, bands.lower, bands.upper)
         found = (f"{100 * (code == side).float().mean().item():.1f} %" for side in (-1, 0, 1))
         lines.append(f"| {str(rule).split(',')[0]} | {' | '.join(found)} |")

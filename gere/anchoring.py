@@ -30,7 +30,7 @@ from gere.cache import (
     open_or_build,
 )
 from gere.cache.files import canonical_json, folder_errors, write_atomic
-from gere.cache.fingerprint import architecture_digest, precision_of, weights_digest
+from gere.cache.fingerprint import architecture_digest, base_tensors, precision_of, weights_digest
 from gere.config import GeReConfig, parse_layers, require
 from gere.errors import CacheCorruptError, CacheMissingError, ConfigError, ReplaySetError
 from gere.ranks import Ranks
@@ -95,7 +95,8 @@ def find_anchor(wish: AnchorWish, model: ReadyModel, replay: ReplaySet, *, resum
     """
     _require_fit(model.inner, replay)
     key = model.ranks.ask(lambda: _named_key(wish, model.inner, resumed))[0]
-    fields = _fields(wish.config, model, replay, weights_moved=key is not None)
+    moved = key is not None and wish.config.anchor != LIVE  # a live base gives targets, so it must be the anchor's
+    fields = _fields(wish.config, model, replay, weights_moved=moved)
     if key is not None:
         return open_named(wish.folder, key, fields, model.ranks)
     if resumed:
@@ -133,6 +134,9 @@ def target_of(config: GeReConfig, model: nn.Module) -> Target:
     if config.anchor != LIVE:
         return target
     require(is_adapted(model), "gere_config.anchor", 'a PEFT model for "live"', type(model).__name__)
+    trained = [name for name, tensor in base_tensors(model).items() if tensor.requires_grad]
+    what = 'for "live" a base model that stays as it is, since it gives the targets'
+    require(not trained, "gere_config.anchor", what, f"training of {', '.join(trained[:3])}")
     return Live(target)
 
 

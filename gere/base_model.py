@@ -70,8 +70,14 @@ class BaseModel:
     def targets(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """What is kept of a padded batch, tensors of shape [b, t, *], to be taken in training."""
         with _compat.uncompiled(), self._as_base(), self._reader.reading() as reader:
-            logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            return self._target.keep(reader.states, logits)
+            if not self._checked:
+                self._check(reader, ids[:1], mask[:1])
+            fewer = {} if self._target.wants_logits or self._head is None else {"logits_to_keep": 1}
+            logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False, **fewer).logits
+            if not self._target.wants_logits:
+                return self._target.keep(reader.states, None)
+            rows = [self._keep(row, ids.shape[1], logits[row]) for row in range(len(ids))]  # one at a time in float32
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _keep(self, row: int, length: int, logits: Tensor | None) -> dict[str, Tensor]:
         return self._target.keep([state[row, :length] for state in self._reader.states], logits)

@@ -12,6 +12,7 @@ from gere.errors import ConfigError
 STRATEGIES = ("tm", "ce", "kl", "l1", "l2", "none")
 BANDS = ("mean_std", "quantile")
 LAST, EVERY = "last", "every"
+MOST_KEPT = 1024
 NORMALIZATIONS = ("auto", "violations", "elements")
 MODES = ("auto", "replace", "add")
 PROMPTS = ("auto", "bos", "chat")
@@ -128,6 +129,8 @@ class GeReConfig:
         for name in ("band_width", "std_floor", "kl_temperature", "self_temperature"):
             value = getattr(self, name)
             require(_finite(value) and value > 0, f"gere_config.{name}", "a finite number above 0", value)
+        few = self.kl_top_k <= MOST_KEPT
+        require(few, "gere_config.kl_top_k", f"at most {MOST_KEPT}, since all others count as one", self.kl_top_k)
         quantiles = (self.lower_quantile, self.upper_quantile)
         ordered = all(map(_finite, quantiles)) and 0 < quantiles[0] < quantiles[1] < 1
         require(ordered, "gere_config.lower_quantile, upper_quantile", "0 < lower < upper < 1", quantiles)
@@ -178,9 +181,10 @@ def parse_layers(layers: str | Sequence[int], depth: int | None) -> tuple[int, .
     Raises:
         ConfigError: If it is none of these, or a number is greater than the depth.
     """
-    words = layers.replace(",", " ").split() if isinstance(layers, str) else [str(layer) for layer in layers]
+    listed = layers.replace(",", " ").split() if isinstance(layers, str) else layers
+    words = [str(layer) for layer in (listed if isinstance(listed, Sequence) else [listed])]
     every = words[0] == EVERY and len(words) == 2 if words else False
-    numbers = [int(word) for word in words[every:] if word.isdigit() and int(word) > 0]
+    numbers = [int(word) for word in words[every:] if word.isascii() and word.isdigit() and int(word) > 0]
     most = depth or math.inf
     sound = words == [LAST] or (len(numbers) == len(words) - every > 0 and (every or max(numbers) <= most))
     expected = '"last", "every N", or numbers of layers' + ("" if depth is None else f" from 1 to {depth}")

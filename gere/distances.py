@@ -150,7 +150,8 @@ class StateDistance(_Constants):
     def __call__(self, seen: Seen, targets: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Difference of each row."""
         target = targets["state"].float()
-        tolerance = self.on(target.device)["tolerance"] + self._rounding * target.abs()
+        rounding = 0.0 if seen.states[0].dtype == torch.bfloat16 else self._rounding
+        tolerance = self.on(target.device)["tolerance"] + rounding * target.abs()
         return self._distance(seen.states[0], target, seen.mask, tolerance), {}
 
 

@@ -111,20 +111,23 @@ def is_reentrant(model: nn.Module) -> bool:
 @contextmanager
 def adapters_disabled(model: Any) -> Iterator[None]:
     """Show the base model of a PEFT model, or of a model with adapters of its own; nothing for any other."""
-    if hasattr(model, "disable_adapter"):
-        with model.disable_adapter():
-            yield
-    elif is_adapted(model):
-        trainable = [parameter.requires_grad for parameter in model.parameters()]
-        model.disable_adapters()
-        try:
-            yield
-        finally:
-            model.enable_adapters()
-            for parameter, flag in zip(model.parameters(), trainable, strict=True):
-                parameter.requires_grad_(flag)
-    else:
+    if not is_adapted(model):
         yield
+        return
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    try:
+        if hasattr(model, "disable_adapter"):
+            with model.disable_adapter():
+                yield
+        else:
+            model.disable_adapters()
+            try:
+                yield
+            finally:
+                model.enable_adapters()
+    finally:
+        for parameter, flag in zip(model.parameters(), trainable, strict=True):
+            parameter.requires_grad_(flag)  # both make all of an adapter trainable, its frozen parts, too
 
 
 def layers_of(decoder: nn.Module) -> nn.ModuleList:

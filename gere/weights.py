@@ -8,11 +8,14 @@ weighs the distance so that, a tenth of the way there, all strategies pull alike
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from gere.errors import UnsupportedSettingError
 
 logger = logging.getLogger("gere")
 PULL, DRIFT = 20.0, 0.1  # docs/strategies.md: no other pull is better in full training and in LoRA at once
@@ -113,8 +116,10 @@ class AutoWeight(RowWeight):
         """The quotient; 0 while nothing is known."""
         if self._known is None:
             return torch.zeros_like(distance.detach())
-        total, rows = self._known.to(distance.device)
-        return (self._nats * rows / total).to(distance.dtype).expand_as(distance)
+        self._known = self._known.to(distance.device)
+        total, rows = self._known
+        weight = torch.where(total > 0, self._nats * rows / total, 0.0)
+        return weight.to(distance.dtype).expand_as(distance)
 
     def observe(self, sums: Mapping[str, Tensor]) -> None:
         """Add the sum over the rows of a micro-batch."""
@@ -127,14 +132,27 @@ class AutoWeight(RowWeight):
         if not (self.calibrating and rows):
             return
         own = self._open if self._open is not None else torch.zeros(2)
-        joined = join(own)
+        mean = join(own)
+        joined = mean * (rows / mean[1])  # the sum over the ranks, whatever their number was before a resume
         self._known = joined if self._known is None else self._known.to(joined) + joined
         self._open = None
         self._rows += rows
+        if not self.calibrating:
+            self._require_measurable(float(self._known[0]))  # the one value that is read back
+
+    def _require_measurable(self, total: float) -> None:
+        if not (math.isfinite(total) and total > 0):
+            raise UnsupportedSettingError(
+                "The distance of the replay rows to unrelated text is no positive number, so that nothing is held.",
+                where=f"w_strategy='auto' with {self._name}",
+                expected="a distance above 0 over the first replay rows",
+                found=total,
+                fix="With tm, set gere_config.band_width smaller, or the quantiles further apart from 0 and 1.",
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The distance, the sum over rows that are known, their number, and the rows of all ranks."""
-        if self._known is None:
+        if self._known is None or not self._known[0] > 0:
             return {}
         total, number = self._known.tolist()
         return {"distance": self._name, "unrelated": total, "number": number, "rows": self._rows}

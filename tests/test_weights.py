@@ -98,6 +98,25 @@ def test_orders_pull_alike_a_tenth_of_the_way():
         assert slope == pytest.approx(20.0)
 
 
+def test_more_ranks_count_their_rows_alike():
+    """A mean over ranks is what `join` gives; after a resume their number may be another."""
+    weight = AutoWeight(2, "a square")
+    weight.observe(seen(16.0, 4))
+    weight.end_step(8, alone)  # two ranks with 4 rows each
+    weight.observe(seen(4.0, 4))
+    weight.end_step(4, alone)  # one rank
+    assert weight(CE, DISTANCE)[0].item() == pytest.approx(NATS / 3)
+
+
+def test_a_distance_that_holds_nothing_is_refused(make_trainer, arguments):
+    """Bands so wide that no element of any text leaves its region."""
+    trainer = make_trainer(w="auto", config={"band_width": 50.0}, args=arguments(max_steps=20))
+    with pytest.raises(UnsupportedSettingError, match="unrelated text"):
+        trainer.train()
+    logs = logs_of(trainer)
+    assert logs and all(log["gere/weight"] == 0 and log["grad_norm"] > 0 for log in logs)
+
+
 def test_another_distance_is_measured_anew(caplog):
     weight = AutoWeight(1, "l1")
     weight.load_state_dict({"distance": "l2", "unrelated": 8.0, "number": 4.0, "rows": 4})

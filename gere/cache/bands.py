@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 CHUNK_ROWS = 4096
-QUANTILE_TOKENS = 16384  # so many fix the share of a region to 0.3 points, and need no second pass
+QUANTILE_TOKENS = 16384  # over all layers; so many fix the share of a region to 0.3 points in one pass
 
 
 class Moments(NamedTuple):
@@ -71,8 +71,11 @@ class Bands(NamedTuple):
 class BandRule(Protocol):
     """How bands follow from the states of the replay set; its string is part of what an anchor depends on."""
 
-    def summary(self, state: Tensor, share: float) -> Any:
-        """What the bands need to know about some states, [n, d]; a `share` of them may be enough."""
+    def summary(self, state: Tensor, share: float, first: int) -> Any:
+        """What the bands need to know about some states, [n, d], the first of which is token `first` of the set.
+
+        A `share` of them may be enough.
+        """
         ...
 
     def bands(self, summaries: Sequence[Any], noise: Tensor) -> Bands:
@@ -104,7 +107,7 @@ class MeanStd(NamedTuple):
     def __str__(self) -> str:
         return f"mean +- {self.width:g} std, floor {self.std_floor:g}"
 
-    def summary(self, state: Tensor, share: float) -> Moments:
+    def summary(self, state: Tensor, share: float, first: int) -> Moments:
         """Moments of all states."""
         return Moments.of(state)
 
@@ -119,7 +122,7 @@ class MeanStd(NamedTuple):
 class Quantiles(NamedTuple):
     """Bands at two quantiles of each dimension, so that the regions have known shares, outliers or not.
 
-    For up to 16,384 tokens they are exact; of more, so many are taken, spread over the replay set.
+    For up to 16,384 tokens, over all layers, they are exact; of more, so many are taken, spread over the replay set.
 
     Args:
         lower: Share of the negative region.
@@ -132,14 +135,14 @@ class Quantiles(NamedTuple):
     def __str__(self) -> str:
         return f"quantiles {self.lower:g} and {self.upper:g}"
 
-    def summary(self, state: Tensor, share: float) -> Tensor:
-        """The states of a `share` of the tokens, by a hash of their place, so that no place in a row is preferred."""
-        place = torch.arange(1, len(state) + 1)
-        return state[(place * 2654435761) % 2**32 < share * 2**32].float()
+    def summary(self, state: Tensor, share: float, first: int) -> Tensor:
+        """The states of a `share` of the tokens, by a hash of their number, so that no place in a row is preferred."""
+        number = torch.arange(first + 1, first + len(state) + 1)
+        return state[(number * 2654435761) % 2**32 < share * 2**32]
 
     def bands(self, summaries: Sequence[Tensor], noise: Tensor) -> Bands:
         """Bands of the chosen states together."""
-        ordered = torch.cat(list(summaries)).sort(dim=0).values
+        ordered = torch.cat(list(summaries)).float().sort(dim=0).values
         below, above = round(self.lower * len(ordered)), round((1 - self.upper) * len(ordered))
         lower = ordered[max(below, 1) - 1].double()
         upper = ordered[len(ordered) - max(above, 1)].double()

@@ -96,6 +96,9 @@ def _find(held: Survey, named: Collection[str] | None, keep: Collection[str]) ->
     texts = {_texts_of(path) for path in staying}
     for path in held.replay_files:
         if None not in texts and _digest_of(path) not in {*texts, None}:
+            manifest = path.with_suffix(".json")
+            if manifest.exists():  # first, since texts without it are no fault, but it without texts is
+                yield _rubbish(manifest, "its texts go")
             yield _rubbish(path, "no anchor that stays was made from these texts")
 
 

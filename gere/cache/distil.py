@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gere.cache.codec import PER_BYTE
 from gere.cache.files import require_space, sha256
 from gere.cache.parts import load_part, read_part, store_part
 from gere.cache.plan import BuildPlan, Distil, Distilled, shortest_row
@@ -77,8 +76,9 @@ def measure_noise(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) 
 
 def _bytes_needed(plan: BuildPlan, width: int, size: int) -> float:
     """Bytes of a token on the disk while it is built: what waits in a part, and beside it what comes of it."""
-    shard = 0.0 if not plan.target.kind else width / PER_BYTE if plan.target.kind == "regions" else size
-    return (size if plan.target.wants_parts else 0) + shard
+    target = plan.target
+    shard = size if target.shard_bytes is None else width * target.shard_bytes
+    return (size if target.wants_parts else 0) + (shard if target.kind else 0)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

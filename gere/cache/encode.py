@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -10,7 +11,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from gere.cache.bands import QUANTILE_TOKENS
 from gere.cache.distil import Part
 from gere.cache.files import sha256, write_atomic
 from gere.cache.plan import BuildPlan
@@ -49,7 +49,7 @@ def encode(
     """
     mine = [part for part, owner in zip(parts, owners, strict=True) if owner == ranks.index]
     target = plan.target
-    constants = {} if noise is None else _constants(plan, mine, noise, ranks)
+    constants = {} if noise is None else _constants(plan, parts, mine, noise, ranks)
     encoded = _in_order(
         ranks.ask(lambda: {part.number: _encode_part(partial, part, target, constants) for part in mine})
     )
@@ -75,10 +75,11 @@ class _Encoded(NamedTuple):
     dim: int
 
 
-def _constants(plan: BuildPlan, mine: Sequence[Part], noise: Tensor, ranks: Ranks) -> Tensors:
+def _constants(plan: BuildPlan, parts: Sequence[Part], mine: Sequence[Part], noise: Tensor, ranks: Ranks) -> Tensors:
     """What holds for all tokens; the summaries of the parts are put together in their order, whoever has them."""
-    share = QUANTILE_TOKENS / sum(map(len, plan.rows))
-    summarize = lambda: {part.number: plan.target.summary(part.kept(), share) for part in mine}  # noqa: E731
+    total = sum(part.tokens for part in parts)
+    first = list(accumulate((part.tokens for part in parts), initial=0))
+    summarize = lambda: {p.number: plan.target.summary(p.kept(), total, first[p.number]) for p in mine}  # noqa: E731
     return plan.target.constants(_in_order(ranks.ask(summarize)), noise)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gere.cache.bands import BandRule, Bands
-from gere.cache.codec import pack, regions
+from gere.cache.bands import QUANTILE_TOKENS, BandRule, Bands
+from gere.cache.codec import PER_BYTE, pack, regions
 from gere.losses import TopLogits, top_logits
 
 Tensors = dict[str, Tensor]
@@ -30,6 +30,7 @@ class Target(ABC):
         constants_file: File of what holds for all tokens; empty if there is nothing.
         layers: States that it is made from, 1 for the output of the first layer; empty for none.
         wants_logits: Whether it is made from logits.
+        shard_bytes: Bytes of a shard for each number that is kept of a token; `None` for as many as were kept.
         wants_parts: Whether what `keep` gives has to wait on the disk until all rows are evaluated.
     """
 
@@ -39,6 +40,7 @@ class Target(ABC):
     constants_file = "noise.safetensors"
     layers: tuple[int, ...] = ()
     wants_logits = False
+    shard_bytes: float | None = None
     wants_parts = True
 
     @abstractmethod
@@ -49,8 +51,14 @@ class Target(ABC):
     def change(self, alone: Tensors, padded: Tensors) -> Tensor:
         """How far two evaluations of the same tokens differ, [t, *]."""
 
-    def summary(self, kept: Tensors, share: float) -> list[Any]:
-        """What the constants need to know about some tokens; a `share` of them may be enough."""
+    def summary(self, kept: Tensors, tokens: int, first: int) -> list[Any]:
+        """What the constants need to know about a part of the replay set.
+
+        Args:
+            kept: What was kept of its tokens.
+            tokens: Tokens of the whole set.
+            first: Number of its first token in the whole set.
+        """
         return []
 
     def constants(self, summaries: Sequence[list[Any]], noise: Tensor) -> Tensors:
@@ -85,7 +93,7 @@ class Regions(Target):
         rules: Rule of the bands of each layer.
     """
 
-    kind, constants_file = "regions", "bands.safetensors"
+    kind, constants_file, shard_bytes = "regions", "bands.safetensors", 1 / PER_BYTE
 
     def __init__(self, layers: Sequence[int], depth: int, rules: Sequence[BandRule]) -> None:
         self.layers = tuple(layers)
@@ -103,11 +111,11 @@ class Regions(Target):
         """Difference of each element."""
         return (padded["state"].float() - alone["state"].float()).abs()
 
-    def summary(self, kept: Tensors, share: float) -> list[Any]:
+    def summary(self, kept: Tensors, tokens: int, first: int) -> list[Any]:
         """What the rule of each layer needs."""
-        return [
-            rule.summary(state, share) for rule, state in zip(self._rules, self._apart(kept["state"]), strict=True)
-        ]
+        share = QUANTILE_TOKENS / (tokens * len(self.layers))
+        states = self._apart(kept["state"])
+        return [rule.summary(state, share, first) for rule, state in zip(self._rules, states, strict=True)]
 
     def constants(self, summaries: Sequence[list[Any]], noise: Tensor) -> Tensors:
         """Bands, of several layers [l, d]."""
@@ -127,7 +135,7 @@ class Regions(Target):
 class States(Target):
     """The state of each token, in bfloat16."""
 
-    kind = "states"
+    kind, shard_bytes = "states", 2.0
 
     def __init__(self, depth: int) -> None:
         self.layers = (depth,)
@@ -199,9 +207,9 @@ class Live(Target):
         """As the target does."""
         return self._target.change(alone, padded)
 
-    def summary(self, kept: Tensors, share: float) -> list[Any]:
+    def summary(self, kept: Tensors, tokens: int, first: int) -> list[Any]:
         """As the target does."""
-        return self._target.summary(kept, share)
+        return self._target.summary(kept, tokens, first)
 
     def constants(self, summaries: Sequence[list[Any]], noise: Tensor) -> Tensors:
         """As the target does."""
@@ -210,9 +218,10 @@ class Live(Target):
 
 def _between(base: TopLogits, other: TopLogits) -> Tensor:
     """Divergence of each token, [n, 1], on the tokens that both keep; all others count as one."""
-    same = base.ids.unsqueeze(-1) == other.ids.unsqueeze(-2)
-    both = same.any(dim=-1)
-    log_p, log_q = base.log_probs, (same * other.log_probs.unsqueeze(-2)).sum(dim=-1)
+    ids, order = other.ids.sort(dim=-1)
+    place = torch.searchsorted(ids, base.ids.contiguous()).clamp(max=ids.shape[-1] - 1)
+    both = ids.gather(-1, place) == base.ids
+    log_p, log_q = base.log_probs, other.log_probs.gather(-1, order.gather(-1, place))
     kept = torch.where(both, log_p.exp() * (log_p - log_q), 0.0).sum(dim=-1)
     rest_p = 1 - torch.where(both, log_p.exp(), 0.0).sum(dim=-1)
     rest_q = 1 - torch.where(both, log_q.exp(), 0.0).sum(dim=-1)

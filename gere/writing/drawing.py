@@ -31,10 +31,10 @@ def draw(
     sieve, number = Sieve(wanted), 0
     with tqdm(total=wanted, desc="replay texts of the base model", disable=not progress) as bar:
         while not sieve.full:
-            if sieve.counts["drawn"] >= MOST_DRAWS * wanted:
-                raise _too_few(sieve)
             mine = number + ranks.index
             for samples in ranks.ask(lambda mine=mine: batch(mine)):  # type: ignore[misc]
+                if not sieve.full and sieve.counts["drawn"] >= MOST_DRAWS * wanted:
+                    raise _too_few(sieve)  # on all ranks at the same batch, whatever their number
                 sieve.add(samples)
             number += ranks.count
             bar.update(len(sieve.texts) - bar.n)

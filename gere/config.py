@@ -107,7 +107,8 @@ class GeReConfig:
             require(value in choices, f"gere_config.{name}", " or ".join(map(repr, choices)), value)
         self._check_numbers()
         parse_layers(self.layers, None)
-        require(self.add_bos in (None, True, False), "gere_config.add_bos", "True, False or None", self.add_bos)
+        known = self.add_bos is None or isinstance(self.add_bos, bool)
+        require(known, "gere_config.add_bos", "True, False or None", self.add_bos)
         for name in ("replay_split", "replay_column"):
             value = getattr(self, name)
             require(isinstance(value, str) and bool(value), f"gere_config.{name}", "a name", value)

@@ -159,7 +159,11 @@ def test_errors_by_name(tmp_path, write, capsys):
     assert "--model" in fails(capsys, "--source", "self")
     assert "cannot be loaded" in fails(capsys, "--source", "self", "--model", tmp_path / "nothing")
     assert "self_top_p" in fails(capsys, "--source", "self", "--model", TINY, "--top-p", "2")
-    assert "replay_size" in fails(capsys, "--source", "self=0", "--model", TINY)
+    for number in ("0", "-3", "abc", ""):
+        assert "SOURCE=N" in fails(capsys, "--source", f"self={number}", "--model", TINY)
+    assert "a hub name" in fails(capsys, "--source", "")
+    said = fails(capsys, "--source", write("a.jsonl", ["x y"]), "--out", tmp_path / "a.txt")
+    assert ".jsonl" in said and not (tmp_path / "a.txt").exists()
     assert "ReplaySetError" in fails(capsys, "--source", tmp_path / "no.jsonl")
     assert "replay_column" in fails(capsys, "--source", write("a.jsonl", [{"body": "x y"}]))
     tuned = tmp_path / "tuned"

@@ -14,6 +14,7 @@ from test_lora import with_lora, with_own_adapter
 from test_ranks import on_all, thread_ranks
 
 from gere import GeReConfig
+from gere.cache.collect import collect
 from gere.cache.fingerprint import text_digest
 from gere.cache.replay_files import find_texts, keep_texts, open_texts
 from gere.errors import (
@@ -62,6 +63,14 @@ def no_sampling(monkeypatch):
 
 def state_of_the_world():
     return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+
+def test_texts_that_gc_removes_are_written_again(model, tokenizer, tmp_path):
+    """Their manifest goes with them: on its own it would be damage."""
+    first = base_texts(model, tokenizer, small(), tmp_path)
+    gone = collect(tmp_path, set(), delete=True)
+    assert {path.suffix for path, *_ in gone} == {".json", ".jsonl"} and not list(tmp_path.glob("replay-*"))
+    assert base_texts(model, tokenizer, small(), tmp_path) == first
 
 
 def test_the_same_texts_for_the_same_seed_alone(model, tokenizer):

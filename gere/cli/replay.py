@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gere.config import PROMPTS, SELF, GeReConfig
+from gere.config import PROMPTS, SELF, GeReConfig, require
 from gere.errors import ConfigError
 
 HUB = "hub"
@@ -89,7 +89,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _source(word: str, size: int | None) -> Source:
     name, sign, number = word.rpartition("=")
-    return Source(name, int(number)) if sign and number.isdecimal() else Source(word, size)
+    if not sign:
+        require(bool(word), "--source", "self, hub, a file, a folder or a hub name", word)
+        return Source(word, size)
+    sound = bool(name) and number.isascii() and number.isdecimal() and int(number) > 0
+    require(sound, "--source", "SOURCE=N with a whole number N of at least 1", word)
+    return Source(name, int(number))
 
 
 def _config(options: argparse.Namespace, source: Source) -> GeReConfig:
@@ -119,6 +124,8 @@ def _require_usable(options: argparse.Namespace, sources: list[Source]) -> None:
             found="nothing",
             fix="Add --model MODEL, or take another --source.",
         )
+    if options.out is not None:
+        require(options.out.suffix == ".jsonl", "--out", "a file name that ends in .jsonl", str(options.out))
     if options.out is not None and options.out.exists() and not options.force:
         raise ConfigError(
             "The file that shall be written is there already.",

@@ -33,9 +33,9 @@ def draw(
         while not sieve.full:
             mine = number + ranks.index
             for samples in ranks.ask(lambda mine=mine: batch(mine)):  # type: ignore[misc]
+                sieve.add(samples)
                 if not sieve.full and sieve.counts["drawn"] >= MOST_DRAWS * wanted:
                     raise _too_few(sieve)  # on all ranks at the same batch, whatever their number
-                sieve.add(samples)
             number += ranks.count
             bar.update(len(sieve.texts) - bar.n)
     return sieve

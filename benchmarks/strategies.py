@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GRID = {
     ("none", "violations"): ("0",),
     ("ce", "violations"): ("0",),
-    ("tm", "violations"): ("1", "3", "10", "100", "dy"),
+    ("tm", "violations"): ("1", "3", "10", "100", "dy", "auto"),
     ("tm", "elements"): ("3", "10", "30", "100", "auto"),
     ("kl", "violations"): ("1", "10", "30", "100", "auto"),
     ("l1", "violations"): ("1", "3", "10", "30", "auto"),
@@ -40,9 +40,7 @@ GRID = {
 }
 SHUFFLED = (
     ("ce", "violations", "0"),
-    *(("tm", "violations", weight) for weight in ("1", "100", "dy")),
-    ("tm", "elements", "auto"),
-    *((strategy, "violations", "auto") for strategy in ("kl", "l1", "l2")),
+    *(("tm", "violations", weight) for weight in ("1", "100", "dy", "auto")),
 )
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.curves import plot, points_of, summary, table
+from benchmarks.curves import Point, plot, points_of, summary, table
 from benchmarks.experiment import Bench, Scene, Setting, read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,7 +153,10 @@ def key_of(run: dict[str, Any]) -> tuple[Any, ...]:
 
 def report(options: argparse.Namespace) -> str:
     """Write tables and plots, and return the tables."""
-    runs = sorted(read_jsonl(options.out / "runs.jsonl"), key=order_of)
+    file = options.out / "runs.jsonl"
+    if not file.is_file() or not file.stat().st_size:
+        raise SystemExit(f"{options.out} holds no runs; leave out --report")
+    runs = sorted(read_jsonl(file), key=order_of)
     base = json.loads((options.out / "base.json").read_text())
     parts = []
     for regime, insertion in itertools.product(("full", "lora"), (True, False)):
@@ -164,10 +167,18 @@ def report(options: argparse.Namespace) -> str:
         parts.append(f"## {title}\n\n{table(points, base)}")
         if insertion:
             parts.append(summary(points, base))
-            plot(points, base, title, options.out / f"{regime}.svg")
+            draw(points, base, title, options.out / f"{regime}.svg")
     text = "\n\n".join(parts) + "\n"
     (options.out / "table.md").write_text(text, encoding="utf-8")
     return text
+
+
+def draw(points: list[Point], base: dict[str, float], title: str, path: Path) -> None:
+    """Draw the curves, if the library for it is there."""
+    try:
+        plot(points, base, title, path)
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f'{path.name} is not drawn: {error}; pip install ".[bench]"\n')
 
 
 def order_of(run: dict[str, Any]) -> int:

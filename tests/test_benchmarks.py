@@ -1,0 +1,61 @@
+"""The benchmarks run, and their figures are what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT))
+from benchmarks.curves import area, best_accuracy, points_of, summary, table
+
+BASE = {"general_loss": 1.0, "accuracy": 0.1, "task_loss": 5.0}
+
+
+def a_run(name, general, accuracy, *, seed=0, regime="full", insertion=True):
+    strategy, _, weight = name.partition(" ")
+    return {
+        "name": name, "strategy": strategy.split("/")[0], "weight": weight or "0", "regime": regime,
+        "insertion": insertion, "seed": seed, "general_loss": general, "accuracy": accuracy, "task_loss": 4.0,
+        "seconds": 2.0 + seed, "bytes": 1500,
+    }  # fmt: skip
+
+
+def points(*pairs):
+    return points_of([a_run(f"l2 {i}", *pair) for i, pair in enumerate(pairs)], "full", True)
+
+
+def test_area_by_hand():
+    """From (1, .1) to (2, .3) in a line, and level up to 3: the mean of .2 and .3."""
+    assert area(points((2.0, 0.3)), (1.0, 0.1), 3.0) == pytest.approx(0.25, abs=1e-3)
+    assert area([], (1.0, 0.1), 3.0) == pytest.approx(0.1)
+    assert area(points((2.0, 0.3), (2.5, 0.2)), (1.0, 0.1), 3.0) == pytest.approx(0.25, abs=1e-3)
+    better = best_accuracy(points((2.0, 0.3), (1.5, 0.3)), (1.0, 0.1), np.array([1.0, 1.25, 1.5, 2.0]))
+    np.testing.assert_allclose(better, [0.1, 0.2, 0.3, 0.3])
+
+
+def test_seeds_are_joined_and_auto_is_judged_by_the_best_curve():
+    runs = [a_run("ce", 3.0, 0.3), a_run("l2 1", 2.0, 0.2), a_run("l2 1", 2.0, 0.4, seed=1)]
+    runs += [a_run("l2 auto", 1.5, 0.25), a_run("l2 1", 9.0, 0.9, regime="lora"), a_run("l2 1", 9, 0, insertion=False)]
+    found = points_of(runs, "full", True)
+    assert [(p.name, p.seeds) for p in found] == [("ce", 1), ("l2 1", 2), ("l2 auto", 1)]
+    assert found[1].accuracy == pytest.approx(0.3) and found[1].spread[1] == pytest.approx(0.1414, abs=1e-3)
+    assert "| l2 1 | 0.300 ± 0.141 | 4.000 | 2.000 ± 0.000 | +1.000 | 2 | 2 | 2 |" in table(found, BASE)
+    shown = summary(found, BASE)
+    assert "| l2 | 1 | 0.2500 |" in shown and "| l2 auto | 1.500 | 0.2500 | 0.2000 | +0.0500 |" in shown
+
+
+def test_a_comparison_from_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.strategies", "--steps", "1", "--heldout", "8", "--no-shuffled"]
+    command += ["--regimes", "full", "--only", "ce", "l2", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert {run["name"] for run in runs} == {"ce", "l2 0.1", "l2 0.3", "l2 1", "l2 10", "l2 auto"}
+    assert "| l2 auto |" in done.stdout and done.stdout.endswith((tmp_path / "table.md").read_text())
+    again = subprocess.run([*command, "--batch-size", "8"], capture_output=True, text=True, timeout=250, cwd=ROOT)
+    assert again.returncode == 1 and "another --out" in again.stderr

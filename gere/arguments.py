@@ -65,8 +65,8 @@ class GeReArguments:
     gere_replay_mode: Literal["auto", "replace", "add"] = _option(
         "auto", "Replay rows replace task rows of a step, or are added to them; auto adds where it has to."
     )
-    gere_normalization: Literal["violations", "elements"] = _option(
-        "violations", "What the margin of a row is divided by: its violated elements, or all of them."
+    gere_normalization: Literal["auto", "violations", "elements"] = _option(
+        "auto", "What the margin of a row is divided by: its violated elements, or all of them; auto fits w_strategy."
     )
     gere_layers: str = _option(
         "last", "States that tm holds: last, every N (and the last), or numbers of layers such as 6,12."

@@ -13,7 +13,7 @@ STRATEGIES = ("tm", "ce", "kl", "l1", "l2", "none")
 BANDS = ("mean_std", "quantile")
 LAST, EVERY = "last", "every"
 MOST_KEPT = 1024
-NORMALIZATIONS = ("violations", "elements")
+NORMALIZATIONS = ("auto", "violations", "elements")
 MODES = ("auto", "replace", "add")
 PROMPTS = ("auto", "bos", "chat")
 SELF = "self"
@@ -40,7 +40,8 @@ class GeReConfig:
         replay_mode: Whether the replay rows of a step `"replace"` task rows of it, or are added to them (`"add"`).
             `"auto"` replaces, and adds where it has to: streaming datasets, batch samplers, dispatched batches.
         normalization: What the margin of a row is divided by: its violated elements (`"violations"`, the official
-            rule) or all its elements (`"elements"`).
+            rule) or all its elements (`"elements"`). `"auto"` is the second where w_strategy is `"auto"`, else the
+            first, so that the official weights mean what they mean there.
         layers: States that TM holds: of the `"last"` layer, of every n-th and the last (`"every 4"`), or of those in a
             list (`[6, 12]` or `"6, 12"`, 1 for the first). Their distances are averaged, so that the weight keeps its
             meaning. Inner layers, whose states are not normalised and have outliers, get quantile bands.
@@ -80,7 +81,7 @@ class GeReConfig:
     add_bos: bool | None = None
     replay_strategy: Literal["tm", "ce", "kl", "l1", "l2", "none"] = "tm"
     replay_mode: Literal["auto", "replace", "add"] = "auto"
-    normalization: Literal["violations", "elements"] = "violations"
+    normalization: Literal["auto", "violations", "elements"] = "auto"
     layers: str | Sequence[int] = LAST
     bands: Literal["mean_std", "quantile"] = "mean_std"
     band_width: float = 1.0
@@ -136,6 +137,12 @@ class GeReConfig:
         require(ordered, "gere_config.lower_quantile, upper_quantile", "0 < lower < upper < 1", quantiles)
         value = self.self_top_p
         require(_finite(value) and 0 < value <= 1, "gere_config.self_top_p", "a number above 0, at most 1", value)
+
+    def normalization_for(self, w_strategy: float | str) -> Literal["violations", "elements"]:
+        """What the margin of a row is divided by with this weight."""
+        if self.normalization != "auto":
+            return self.normalization
+        return "elements" if w_strategy == "auto" else "violations"
 
 
 def parse_weight(w_strategy: float | str) -> float | Literal["dy", "auto"]:

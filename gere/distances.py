@@ -29,12 +29,12 @@ NOISE_SHARE_16_BITS = 1e-4
 BF16_ROUNDING = 2.0**-8
 
 
-def make_distance(config: GeReConfig, anchor: Anchor) -> Distance | None:
+def make_distance(config: GeReConfig, w_strategy: float | str, anchor: Anchor) -> Distance | None:
     """The distance of a strategy; `None` for label fitting."""
     bits16 = re.search(r"(bf|fp|float)16", anchor.fields["dtype"])
     noise_share = NOISE_SHARE_16_BITS if bits16 else 0.0
     if config.replay_strategy == "tm":
-        return MarginDistance(anchor.constants, config.normalization, noise_share)
+        return MarginDistance(anchor.constants, config.normalization_for(w_strategy), noise_share)
     if config.replay_strategy == "kl":
         return LogitDistance(anchor.constants, config.kl_temperature)
     if config.replay_strategy in ("l1", "l2"):

@@ -191,7 +191,7 @@ class ReplayRun:
             self.anchor = find_anchor(self._wish, model, replay, resumed=resumed, progress=progress)
             self._weight = None
         target = target_of(self.config, model.inner)
-        distance = make_distance(self.config, self.anchor)
+        distance = make_distance(self.config, self.w_strategy, self.anchor)
         if self._weight is None:
             self._weight = make_weight(self.w_strategy, distance)
             self._weight.load_state_dict(read_weight(self.checkpoint) if resumed else {})

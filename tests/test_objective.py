@@ -151,7 +151,7 @@ def test_single_violations_of_a_row_are_noise_in_16_bits_only(model, precision, 
     region[tuple(outside.T)] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "target_codes": pack(region), "base_ce": torch.zeros(1)}
     anchor = SimpleNamespace(dim=64, constants=bands._asdict(), fields={"dtype": precision})
-    objective = ReplayObjective(FixedWeight(1.0), make_distance(GeReConfig(), anchor))
+    objective = ReplayObjective(FixedWeight(1.0), make_distance(GeReConfig(), "1", anchor))
     loss, sums = objective(model, StateReader(model, [depth_of(model)]), batch)
     assert sums["violated"] == violated and sums["elements"] == 200 * 64
     assert (sums["distance"] > 0.5) == counts and loss.requires_grad

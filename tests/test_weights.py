@@ -14,7 +14,7 @@ from gere.errors import CacheCorruptError, ConfigError, UnsupportedSettingError
 from gere.weight_file import WEIGHT_FILE, read_weight, write_weight
 from gere.weights import CALIBRATION_ROWS, AutoWeight, auto_nats, make_weight
 
-ORDERS = {"tm": 1, "kl": 2, "l2": 2, "l1": 1}
+ORDERS = {"tm": 2, "kl": 2, "l2": 2, "l1": 1}
 SQUARE = SimpleNamespace(order=2, name="a square")
 NATS = 100.0
 CE = torch.tensor([2.0, 3.0], requires_grad=True)
@@ -188,7 +188,7 @@ def test_resume_keeps_the_weight(make_trainer, arguments, tmp_path):
         assert one["gere/weight"] == pytest.approx(two["gere/weight"], rel=1e-6)
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
     states = [read_weight(tmp_path / folder / "checkpoint-6") for folder in ("again", "out")]
-    assert states[0].pop("distance") == states[1].pop("distance") == "tm over violations"
+    assert states[0].pop("distance") == states[1].pop("distance") == "tm over elements"
     assert states[0] == pytest.approx(states[1])
 
 
@@ -211,6 +211,17 @@ def test_a_damaged_state_is_refused(tmp_path, content):
     with pytest.raises(CacheCorruptError, match="replay weight") as caught:
         read_weight(tmp_path)
     assert "next:" in str(caught.value)
+
+
+@pytest.mark.parametrize(("w", "normalization"), [("auto", "elements"), ("dy", "violations"), ("100", "violations")])
+def test_the_normalization_fits_the_weight(make_trainer, w, normalization):
+    """Numbers and `dy` are the official ones, and so is what they weigh."""
+    trainer = make_trainer(w=w)
+    trainer.train()
+    assert trainer._gere._objective._distance._normalization == normalization
+    trainer = make_trainer(w=w, config={"normalization": "elements"})
+    trainer.train()
+    assert trainer._gere._objective._distance._normalization == "elements"
 
 
 @pytest.mark.parametrize("w", ["Auto", "", "-1", True, None, "nan"])

@@ -102,7 +102,9 @@ def table(points: Sequence[Point], base: Mapping[str, float]) -> str:
         ("base model", f"{base['accuracy']:.3f}", f"{base['task_loss']:.3f}", f"{base['general_loss']:.3f}", *[""] * 4)
     ]
     for p in points:
-        accuracy, general = f"{p.accuracy:.3f} ± {p.spread[1]:.3f}", f"{p.general:.3f} ± {p.spread[0]:.3f}"
+        accuracy, general = f"{p.accuracy:.3f}", f"{p.general:.3f}"
+        if p.seeds > 1:
+            accuracy, general = f"{accuracy} ± {p.spread[1]:.3f}", f"{general} ± {p.spread[0]:.3f}"
         lost, size = f"{p.general - base['general_loss']:+.3f}", f"{p.bytes / 1000:.0f}"
         rows.append((p.name, accuracy, f"{p.task_loss:.3f}", general, lost, f"{p.seconds:.0f}", size, str(p.seeds)))
     head = (
@@ -142,7 +144,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(points: Sequence[Point], base: Mapping[str, float], title: str, path: Path) -> None:
-    """Draw the curves as SVG; fixed weights joined by lines, weights without a number as stars."""
+    """Draw the curves as SVG: fixed weights joined in their order, weights without a number as stars."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -150,10 +152,9 @@ def plot(points: Sequence[Point], base: Mapping[str, float], title: str, path: P
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    axes.plot(base["general_loss"], base["accuracy"], "ks", label="base model")
     for number, family in enumerate(dict.fromkeys(point.family for point in points if point.family != "none")):
         own = [point for point in points if point.family == family]
-        fixed = sorted((p for p in own if is_number(p.weight)), key=lambda p: p.general)
+        fixed = sorted((p for p in own if is_number(p.weight)), key=lambda p: float(p.weight))
         colour = f"C{number}"
         axes.plot([p.general for p in fixed], [p.accuracy for p in fixed], "o-", color=colour, label=family, ms=4)
         for point in own:
@@ -163,7 +164,8 @@ def plot(points: Sequence[Point], base: Mapping[str, float], title: str, path: P
             )
             if not is_number(point.weight):
                 axes.plot(point.general, point.accuracy, "*", color=colour, ms=11)
-    axes.set(xlabel="held-out general loss (nats)", ylabel="task accuracy", title=title)
+    untouched = f"{base['general_loss']:.3f} and {base['accuracy']:.3f} before"
+    axes.set(xlabel=f"held-out general loss (nats; {untouched})", ylabel="task accuracy", title=title)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, metadata={"Date": None})

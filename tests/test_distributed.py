@@ -31,12 +31,12 @@ def alone(tmp_path_factory):
     return curve
 
 
-def assert_same_curve(ours, theirs, steps=20):
+def assert_same_curve(ours, theirs, steps=20, rel=1e-4):
     assert len(ours.logs) == len(theirs.logs) == steps
     for a, b in zip(ours.logs, theirs.logs, strict=True):
         assert {key for key in a if key.startswith("gere/")} == {key for key in b if key.startswith("gere/")}
         for key in ("loss", "grad_norm", *(key for key in b if key.startswith("gere/"))):
-            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), (key, a, b)
+            assert a[key] == pytest.approx(b[key], rel=rel, abs=1e-5), (key, a, b)
 
 
 def rows_by_step(done, kind):
@@ -59,10 +59,14 @@ def test_two_processes_follow_the_curve_of_one(tmp_path, alone, replay):
 
 @pytest.mark.parametrize("strategy", ["tm", "kl", "l2"])
 def test_the_weight_auto_and_every_strategy_on_two_processes(tmp_path, alone, strategy):
-    """The first rows of all ranks together fix the weight; no rank knows another one's rows before."""
+    """The first rows of all ranks together fix the weight; no rank knows another one's rows before.
+
+    The weight of KL is 1e5 on the tiny model, whose next-token distributions are all alike, and so is what it makes of
+    rounding.
+    """
     job = {"replay": 3, "w": "auto", "steps": 8, "config": {"replay_strategy": strategy}}
     ours, theirs = run(tmp_path, 2, **job), alone(**job)
-    assert_same_curve(ours, theirs, steps=8)
+    assert_same_curve(ours, theirs, steps=8, rel=1e-3 if strategy == "kl" else 1e-4)
     assert ours.logs[0]["gere/weight"] == 0 < ours.logs[-1]["gere/weight"]
 
 

@@ -99,5 +99,5 @@ def test_the_section_of_the_document_is_one():
     document = (ROOT / "docs" / "llamafactory.md").read_text(encoding="utf-8")
     block = yaml.safe_load(document.split("```yaml\n")[1].split("```")[0])
     _, stage, kwargs = split_config({**block, "stage": "pt"}, "the document")
-    assert stage == "pt" and kwargs["num_interpolate_per_batch"] == 4 and kwargs["w_strategy"] == "dy"
+    assert stage == "pt" and kwargs["num_interpolate_per_batch"] == 4 and "w_strategy" not in kwargs
     assert kwargs["gere_config"].replay_dataset == "general.jsonl"

@@ -6,6 +6,7 @@ every rank takes part in the gradient exchange.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ def margin_sums(
 ) -> MarginSums:
     """Sum of margins, violated elements and real elements of each row; arguments as in `threshold_margin`."""
     real = mask.bool().unsqueeze(-1)
-    current = state if state.dtype == torch.float64 else state.float()
+    current = _wide(state)
     lower, upper = lower.to(current), upper.to(current)
     ceiling = torch.where(region < 0, lower, torch.where(region > 0, torch.inf, upper))
     ground = torch.where(region > 0, upper, torch.where(region < 0, -torch.inf, lower))
@@ -126,19 +127,33 @@ def next_token_ce(logits: Tensor, input_ids: Tensor, mask: Tensor, chunk_tokens:
     real = mask.bool()
     predicted = F.pad(real[:, 1:] & real[:, :-1], (0, 1))[:, : logits.shape[1]]
     targets = F.pad(input_ids[:, 1:], (0, 1))[:, : logits.shape[1]].masked_fill(~predicted, -100)
-    width = max(1, chunk_tokens // max(1, len(logits)))
-    chunks = list(zip(logits.split(width, dim=1), targets.split(width, dim=1), strict=True))
-    if len(chunks) == 1:
-        total = _ce_sum(*chunks[0])
-    else:
-        totals = [checkpoint(_ce_sum, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-        total = torch.stack(totals).sum(dim=0)
+    total = _sum_in_chunks(_ce_sum, (logits, targets), chunk_tokens)
     return total / predicted.sum(dim=1).clamp(min=1)
 
 
+def _sum_in_chunks(row_sums: Callable[..., Tensor], parts: Sequence[Tensor], chunk_tokens: int) -> Tensor:
+    """Add up what `row_sums` gives for a chunk of tokens of all rows; several chunks are computed again in backward.
+
+    Args:
+        row_sums: Gives a sum for each row, shape [b], of tensors like `parts` with fewer tokens.
+        parts: Tensors of shape [b, t, *].
+        chunk_tokens: Tokens of a chunk, over all rows.
+    """
+    width = max(1, chunk_tokens // max(1, len(parts[0])))
+    chunks = list(zip(*(part.split(width, dim=1) for part in parts), strict=True))
+    if len(chunks) == 1:
+        return row_sums(*chunks[0])
+    sums = [checkpoint(row_sums, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.stack(sums).sum(dim=0)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """At least float32."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def _ce_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+    losses = F.cross_entropy(_wide(logits).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
     return losses.view(targets.shape).sum(dim=1)
 
 
@@ -211,7 +226,7 @@ def l2_distance(state: Tensor, target: Tensor, mask: Tensor, tolerance: Tensor |
 
 
 def _difference(state: Tensor, target: Tensor, mask: Tensor, tolerance: Tensor | float) -> Tensor:
-    current = state if state.dtype == torch.float64 else state.float()
+    current = _wide(state)
     difference = current - target.to(current)
     far = mask.bool().unsqueeze(-1) & (difference.abs() > tolerance)
     return torch.where(far, difference, 0.0)
@@ -246,7 +261,7 @@ def top_logits(logits: Tensor, top_k: int, temperature: float) -> TopLogits:
     Returns:
         `ids` int32, `log_probs` and `rest` float32 (float64 for float64 logits).
     """
-    scaled = _scaled(logits, temperature)
+    scaled = _wide(logits) / temperature
     ids = scaled.topk(min(top_k, scaled.shape[-1]), dim=-1).indices
     log_probs, rest = _split(scaled, ids)
     return TopLogits(ids.to(torch.int32), log_probs, rest)
@@ -298,19 +313,12 @@ def top_k_kl(
         0.0
     """
     real = mask.bool()
-    width = max(1, chunk_tokens // max(1, len(logits)))
-    parts = (logits, base.ids, base.log_probs, base.rest, real)
-    chunks = list(zip(*(part.split(width, dim=1) for part in parts), strict=True))
 
     def total(logits: Tensor, ids: Tensor, log_probs: Tensor, rest: Tensor, real: Tensor) -> Tensor:
-        divergence = token_kl(TopLogits(ids, log_probs, rest), _scaled(logits, temperature))
+        divergence = token_kl(TopLogits(ids, log_probs, rest), _wide(logits) / temperature)
         return torch.where(real & (divergence > tolerance), divergence, 0.0).sum(dim=1)
 
-    if len(chunks) == 1:
-        sums = total(*chunks[0])
-    else:
-        made = [checkpoint(total, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-        sums = torch.stack(made).sum(dim=0)
+    sums = _sum_in_chunks(total, (logits, *base, real), chunk_tokens)
     return sums / real.sum(dim=1).clamp(min=1)
 
 
@@ -320,10 +328,6 @@ def token_kl(base: TopLogits, scaled: Tensor) -> Tensor:
     log_p, rest_p = base.log_probs.to(log_q), base.rest.to(log_q)
     kept = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
     return kept + rest_p.exp() * (rest_p - rest_q)
-
-
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
 
 
 def _split(scaled: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

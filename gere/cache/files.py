@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,17 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, header and payload."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sealed_json(content: Mapping[str, Any]) -> bytes:
+    """Content as `canonical_json`, with its own SHA-256 in it as `sha256`."""
+    return canonical_json({**content, "sha256": sha256(canonical_json(content))})
+
+
+def seal_of(raw: bytes, content: Mapping[str, Any]) -> str | None:
+    """SHA-256 of content that was read from `raw` without its `sha256`; `None` if it is sealed by that very digest."""
+    found = sha256(canonical_json(content))
+    return None if raw == canonical_json({**content, "sha256": found}) else found
 
 
 def write_atomic(path: Path, content: bytes) -> None:

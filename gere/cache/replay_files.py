@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gere.cache.files import canonical_json, make_folder, sha256, write_atomic
+from gere.cache.files import make_folder, seal_of, sealed_json, sha256, write_atomic
 from gere.cache.fingerprint import key_of, text_digest
 from gere.errors import CacheCorruptError, CacheMismatchError
 
@@ -74,7 +74,7 @@ def keep_texts(root: Path, fields: Mapping[str, str], texts: Sequence[str], coun
     }
     manifest = _manifest(root, replay_key(fields))
     write_atomic(manifest.with_suffix(".jsonl"), lines)  # without a manifest it counts for nothing
-    write_atomic(manifest, canonical_json({**content, "sha256": sha256(canonical_json(content))}))
+    write_atomic(manifest, sealed_json(content))
     return manifest.with_suffix(".jsonl")
 
 
@@ -127,8 +127,8 @@ def _read(path: Path) -> dict[str, Any]:
             found=repr(version),
             fix="Use the version of gere that wrote them, or another gere_hidden_state_saving_dir.",
         )
-    found = sha256(canonical_json(content))
-    if digest != found or raw != canonical_json({**content, "sha256": digest}):
+    found = seal_of(raw, content)
+    if found is not None:
         raise _corrupt(path, f"SHA-256 {digest}", found)
     if path != _manifest(path.parent, content["key"]) or content["key"] != replay_key(content["fields"]):
         raise _corrupt(path, f"the name of the key {replay_key(content['fields'])}", path.name)

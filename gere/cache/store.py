@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gere.cache.files import canonical_json, file_sha256, sha256
+from gere.cache.files import file_sha256, seal_of, sealed_json
 from gere.cache.fingerprint import FORMAT_VERSION, key_of
 from gere.errors import CacheCorruptError, CacheMismatchError
 
@@ -53,7 +53,7 @@ def manifest_bytes(fields: Mapping[str, str], files: Mapping[str, str], shape: M
         "files": dict(files),
         "shape": dict(shape),
     }
-    return canonical_json({**content, "sha256": sha256(canonical_json(content))})
+    return sealed_json(content)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -81,8 +81,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
         mismatch.fields = ("format_version",)
         raise mismatch
-    found = sha256(canonical_json(content))
-    if digest != found or raw != canonical_json({**content, "sha256": digest}):
+    found = seal_of(raw, content)
+    if found is not None:
         raise _corrupt(path, f"SHA-256 {digest}", found)
     if content["key"] != key_of(content["fields"]):
         raise _corrupt(path, f"key {key_of(content['fields'])} of its fields", content["key"])

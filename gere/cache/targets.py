@@ -109,7 +109,7 @@ class Regions(Target):
 
     def change(self, alone: Tensors, padded: Tensors) -> Tensor:
         """Difference of each element."""
-        return (padded["state"].float() - alone["state"].float()).abs()
+        return _state_change(alone, padded)
 
     def summary(self, kept: Tensors, tokens: int, first: int) -> list[Any]:
         """What the rule of each layer needs."""
@@ -147,7 +147,7 @@ class States(Target):
 
     def change(self, alone: Tensors, padded: Tensors) -> Tensor:
         """Difference of each element."""
-        return (padded["state"].float() - alone["state"].float()).abs()
+        return _state_change(alone, padded)
 
     def encode(self, kept: Tensors, constants: Tensors) -> Tensors:
         """The state in bfloat16."""
@@ -214,6 +214,10 @@ class Live(Target):
     def constants(self, summaries: Sequence[list[Any]], noise: Tensor) -> Tensors:
         """As the target does."""
         return self._target.constants(summaries, noise)
+
+
+def _state_change(alone: Tensors, padded: Tensors) -> Tensor:
+    return (padded["state"].float() - alone["state"].float()).abs()
 
 
 def _between(base: TopLogits, other: TopLogits) -> Tensor:

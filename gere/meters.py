@@ -20,6 +20,8 @@ NAMES = (
     "elements",
     "unrelated",
     "known",
+    "capped",
+    "cappable",
 )
 
 
@@ -75,6 +77,8 @@ def _averages(total: Mapping[str, float], distance: str) -> dict[str, float]:
         if distance:
             logs[f"gere/{distance}"] = total["distance"] / total["rows"]
             logs["gere/weight"] = total["weight"] / total["active"] if total["active"] else 0.0
+    if total["cappable"]:
+        logs["gere/capped"] = total["capped"] / total["cappable"]
     if total["known"]:
         logs["gere/unrelated"] = total["unrelated"] / total["known"]
     if total["elements"]:

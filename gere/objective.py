@@ -60,6 +60,9 @@ class ReplayObjective:
         weight = self.weight(ce, distance)
         active = (distance.detach() > 0).to(ce)
         sums |= {"distance": distance.detach(), "weight": weight * active, "active": active, **counts}
+        capped = self.weight.capped(weight)
+        if capped is not None:
+            sums |= {"capped": capped * active, "cappable": active}
         return (ce + weight * distance).sum(), _totals(sums)
 
     @torch.no_grad()

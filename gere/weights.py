@@ -2,7 +2,8 @@
 
 A distance has a scale of its own in every model and for every strategy, so a number that is right for one is wrong for
 another. What all share is the distance of a row to text that it has nothing to do with. `auto` measures that, and
-weighs the distance so that, a tenth of the way there, all strategies pull alike: by 20 nats for the whole way.
+weighs the distance so that, a tenth of the way there, all strategies pull alike: by 20 nats for the whole way. Its cap
+is in units of the row's own cross-entropy, so that a model that drifts far anyway can still learn its task.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gere.errors import UnsupportedSettingError
 
 logger = logging.getLogger("gere")
 PULL, DRIFT = 20.0, 0.1  # chosen by the curves of docs/strategies.md, full training and LoRA together
+CAP = 2.0  # likewise
 CALIBRATION_ROWS = 64
 
 
@@ -46,6 +48,10 @@ class RowWeight:
     def __call__(self, ce: Tensor, distance: Tensor) -> Tensor:
         """Weights, shape [b], from cross-entropy and distance of each row, shape [b]."""
         raise NotImplementedError
+
+    def capped(self, weight: Tensor) -> Tensor | None:
+        """Which of the weights that were given are at the cap, shape [b]; `None` where there is no cap."""
+        return None
 
     def observe(self, sums: Mapping[str, Tensor]) -> None:
         """Take note of a micro-batch: `unrelated`, the sum over its `rows`."""
@@ -90,9 +96,10 @@ class DynamicWeight(RowWeight):
 
 
 class AutoWeight(RowWeight):
-    """`auto_nats` / distance to unrelated text, the mean over the first 64 replay rows of the run.
+    """`auto_nats` / distance to unrelated text, the mean over the first 64 replay rows of the run, up to a cap.
 
-    The rows of an optimizer step get the weight that follows from the steps before it, so that it does not depend on
+    A row whose distance would count more than `CAP` times its cross-entropy gets the weight at which it counts just that,
+    as by `dy`. The rows of an optimizer step get the weight that follows from the steps before it, so that it does not depend on
     how the rows are split. In the first step, where the distance of an untouched model is 0, it is 0.
 
     Args:
@@ -113,13 +120,20 @@ class AutoWeight(RowWeight):
         return self._rows < CALIBRATION_ROWS
 
     def __call__(self, ce: Tensor, distance: Tensor) -> Tensor:
-        """The quotient; 0 while nothing is known."""
+        """The quotient, at most the cap; 0 while nothing is known."""
+        level = self._level(distance)
+        return torch.minimum(level, CAP * DynamicWeight()(ce, distance).to(level))
+
+    def capped(self, weight: Tensor) -> Tensor:
+        """Those below the quotient."""
+        return weight < self._level(weight)
+
+    def _level(self, like: Tensor) -> Tensor:
         if self._known is None:
-            return torch.zeros_like(distance.detach())
-        self._known = self._known.to(distance.device)
+            return torch.zeros_like(like.detach())
+        self._known = self._known.to(like.device)
         total, rows = self._known
-        weight = torch.where(total > 0, self._nats * rows / total, 0.0)
-        return weight.to(distance.dtype).expand_as(distance)
+        return torch.where(total > 0, self._nats * rows / total, 0.0).to(like.dtype).expand_as(like)
 
     def observe(self, sums: Mapping[str, Tensor]) -> None:
         """Add the sum over the rows of a micro-batch."""

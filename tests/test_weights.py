@@ -18,6 +18,7 @@ ORDERS = {"tm": 2, "kl": 2, "l2": 2, "l1": 1}
 SQUARE = SimpleNamespace(order=2, name="a square")
 NATS = 100.0
 CE = torch.tensor([2.0, 3.0], requires_grad=True)
+SURE = CE + 1e6  # far from the cap
 DISTANCE = torch.tensor([0.5, 0.0], requires_grad=True)
 
 
@@ -48,11 +49,11 @@ def test_auto_is_a_hundred_nats_over_the_mean_distance_to_unrelated_text():
     assert weight(CE, DISTANCE).tolist() == [0.0, 0.0]  # the rows of a step do not know each other
     weight.observe(seen(2.0, 1))
     weight.end_step(4, alone)
-    found = weight(CE, DISTANCE)
+    found = weight(SURE, DISTANCE)
     assert found.tolist() == [NATS / 2] * 2 and not found.requires_grad
     weight.observe(seen(24.0, 4))
     weight.end_step(4, alone)
-    assert weight(CE, DISTANCE).tolist() == [NATS / 4] * 2
+    assert weight(SURE, DISTANCE).tolist() == [NATS / 4] * 2
 
 
 def test_auto_stays_once_enough_rows_are_known():
@@ -69,7 +70,31 @@ def test_auto_stays_once_enough_rows_are_known():
     assert not weight.calibrating
     weight.observe(seen(800.0, 4))
     weight.end_step(4, join)
-    assert weight(CE, DISTANCE)[0].item() == NATS / 2 and len(joined) == CALIBRATION_ROWS // 4
+    assert weight(SURE, DISTANCE)[0].item() == NATS / 2 and len(joined) == CALIBRATION_ROWS // 4
+
+
+def test_auto_counts_at_most_twice_the_cross_entropy():
+    """min(nats / unrelated, 2 CE / D), row by row: near the base a number, far from it twice `dy`."""
+    weight = AutoWeight(1, "a distance")
+    weight.observe(seen(8.0, 4))
+    weight.end_step(4, alone)  # 20 nats / 2
+    ce, distance = torch.tensor([3.0, 3.0, 3.0]), torch.tensor([0.0, 0.5, 1.5], requires_grad=True)
+    found = weight(ce, distance)
+    assert found.tolist() == pytest.approx([10.0, 10.0, 4.0]) and not found.requires_grad
+    assert weight.capped(found).tolist() == [False, False, True]
+    assert make_weight("dy", SQUARE).capped(found) is None
+
+
+def test_the_share_of_rows_at_the_cap_is_logged(make_trainer, arguments):
+    """A model that runs away is held by the cap: no distance counts more than twice its cross-entropy."""
+    trainer = make_trainer(w="auto", args=arguments(max_steps=8, learning_rate=0.5))
+    trainer.train()
+    logs = logs_of(trainer)
+    assert logs[-1]["gere/capped"] > 0.5
+    assert all(log["gere/weight"] * log["gere/tm"] <= 2.0001 * log["gere/ce"] for log in logs[-1:])
+    trainer = make_trainer(w="dy")
+    trainer.train()
+    assert not any("gere/capped" in log for log in logs_of(trainer))
 
 
 def test_a_step_without_replay_rows_asks_no_rank():
@@ -105,7 +130,7 @@ def test_more_ranks_count_their_rows_alike():
     weight.end_step(8, alone)  # two ranks with 4 rows each
     weight.observe(seen(4.0, 4))
     weight.end_step(4, alone)  # one rank
-    assert weight(CE, DISTANCE)[0].item() == pytest.approx(NATS / 3)
+    assert weight(SURE, DISTANCE)[0].item() == pytest.approx(NATS / 3)
 
 
 def test_a_distance_that_holds_nothing_is_refused(make_trainer, arguments):

@@ -41,6 +41,9 @@ GRID = {
 SHUFFLED = (
     ("ce", "violations", "0"),
     *(("tm", "violations", weight) for weight in ("1", "100", "dy", "auto")),
+    ("kl", "violations", "10"),
+    ("l1", "violations", "3"),
+    ("l2", "violations", "1"),
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gere import metrics
 from gere.report.run import Run
@@ -50,29 +51,39 @@ def ability(values: Mapping[str, float]) -> float:
 
 def figures(run: Run) -> dict[str, float]:
     """All figures of a run by name, NaN where it has none; general accuracies come last, by the name of their set."""
-    task = metrics.average_performance(run.scores)
+    task = _after_the_last(run, run.scores)
     losses = [entry.get(LOSS, math.nan) for entry in (run.general_before, run.general_now)]
-    lost = metrics.forgetting(run.scores)
+    scores = run.scores[:0] if run.joint else run.scores
+    lost = metrics.forgetting(scores)
     found = {
         "AP": task,
         "F1 Avg": metrics.harmonic_mean(ability(run.general_now), task),
-        "OP": metrics.overall_performance(run.scores),
-        "BWT": metrics.backward_transfer(run.scores),
-        "FWT": metrics.forward_transfer(run.scores, run.before),
-        "forgetting": float(np.mean(lost)) if len(lost) else math.nan,
-        "invalid": metrics.average_performance(run.invalid),
+        "OP": metrics.overall_performance(scores),
+        "BWT": metrics.backward_transfer(scores),
+        "FWT": metrics.forward_transfer(scores, run.before),
+        "forgetting": _mean(lost),
+        "invalid": _after_the_last(run, run.invalid),
         "general loss": losses[1],
         "change": losses[1] - losses[0],
     }
     return found | {name: value for name, value in run.general_now.items() if name != LOSS}
 
 
+def _after_the_last(run: Run, matrix: NDArray[np.float64]) -> float:
+    """Mean over the tasks after the last one, which of tasks that are trained at once are all of them."""
+    return _mean(matrix[-1]) if run.joint and len(matrix) else metrics.average_performance(matrix)
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
 def untouched(run: Run) -> dict[str, float]:
     """The figures that a run's model had before training."""
-    task = float(np.mean(run.before)) if len(run.before) else math.nan
+    task = _mean(run.before)
     general = ability(run.general_before)
     found = {"AP": task, "F1 Avg": metrics.harmonic_mean(general, task)}
-    found["general loss"] = run.general_before.get(LOSS, math.nan)
+    found |= {"invalid": _mean(run.before_invalid), "general loss": run.general_before.get(LOSS, math.nan)}
     return found | {name: value for name, value in run.general_before.items() if name != LOSS}
 
 

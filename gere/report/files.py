@@ -50,7 +50,24 @@ def read_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def number(value: object) -> float | None:
     """A number of JSON as float; `None` for anything else."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def step_of(log: object, place: str) -> float:
+    """The step of an entry of a log.
+
+    Raises:
+        RunFolderError: If it has none.
+    """
+    step = number(log.get("step")) if isinstance(log, dict) else None
+    sound = step is not None and 0 <= step < math.inf
+    require(sound, place, "an object with a step", log)
+    return step if step is not None else math.nan
 
 
 def shares(values: object, size: int, place: str) -> list[float]:

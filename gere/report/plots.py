@@ -88,10 +88,11 @@ def heat_map(run: Run, label: str) -> str:
         run: A sequence.
         label: Its label.
     """
-    rows = [_heat_row("before training", run.before.tolist(), [math.nan] * len(run.tasks))]
-    for task, scores, invalid in zip(run.tasks, run.scores.tolist(), run.invalid.tolist(), strict=False):
+    rows = [_heat_row("before training", run.before.tolist(), run.before_invalid.tolist())]
+    steps = ("all tasks",) if run.joint else run.tasks
+    for task, scores, invalid in zip(steps, run.scores.tolist(), run.invalid.tolist(), strict=False):
         rows.append(_heat_row(f"after {task}", scores, invalid))
-    for task in run.tasks[len(run.scores) :]:
+    for task in steps[len(run.scores) :]:
         missing = f'<td colspan="{len(run.tasks)}" class="note">not there yet</td>'
         rows.append(f'<tr><th scope="row">after {html.escape(task)}</th>{missing}</tr>')
     head = "".join(f'<th scope="col">{html.escape(task)}</th>' for task in run.tasks)

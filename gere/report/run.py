@@ -31,6 +31,8 @@ class Run:
         scores: Accuracy after each of the R tasks that were trained, on each task: (R, T), NaN where not evaluated.
         invalid: Share of invalid answers, likewise.
         before: Accuracy of the untouched model, (T,).
+        before_invalid: Share of its invalid answers, likewise.
+        joint: Whether all tasks were trained at once (R is at most 1), as an upper bound.
         general_before: General ability of the untouched model, by name without `general/`.
         general_now: The same after the last task that was trained, or at the last step.
         curves: Values over the optimizer steps: by log key, then by step.
@@ -45,6 +47,8 @@ class Run:
     scores: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros((0, 0)))
     invalid: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros((0, 0)))
     before: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros(0))
+    before_invalid: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros(0))
+    joint: bool = False
     general_before: Mapping[str, float] = dataclasses.field(default_factory=dict)
     general_now: Mapping[str, float] = dataclasses.field(default_factory=dict)
     curves: Curves = dataclasses.field(default_factory=dict)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-from gere.report.files import number, read_object, require
+from gere.report.files import number, read_object, require, step_of
 from gere.report.run import GENERAL, Curves, Run, add_log
 
 STATE = "trainer_state.json"
@@ -39,25 +38,25 @@ def read_training(folder: Path, path: Path) -> Run:
     before: dict[str, float] = {}
     now: dict[str, float] = {}
     for index, log in enumerate(logs or []):
-        step = number(log.get("step")) if isinstance(log, dict) else None
-        require(step is not None, f"{path}, log_history[{index}]", "an object with a step", log)
-        add_log(curves, log, step or 0.0)
-        _follow(log, before, now)
+        step = step_of(log, f"{path}, log_history[{index}]")
+        add_log(curves, log, step)
+        _follow(log, step == 0, before, now)
     return Run(
         folder, folder.resolve().name, general_before=before, general_now=now, curves=curves, state=_state(state, logs)
     )
 
 
-def _follow(log: dict[str, Any], before: dict[str, float], now: dict[str, float]) -> None:
-    """Keep the newest general ability, and what it was at the start by its change since then."""
+def _follow(log: dict[str, Any], first: bool, before: dict[str, float], now: dict[str, float]) -> None:
+    """Keep the newest general ability, and what it was at the start: in the first log, or by its change since then."""
     values: Curves = {}
     add_log(values, log, 0.0)
     for key, points in values.items():
         if key.startswith(GENERAL):
             name = key.removeprefix(GENERAL)
-            change = number(log.get(f"{key}_change"))
+            change = 0.0 if first else number(log.get(f"{key}_change"))
             now[name] = points[0.0]
-            before.setdefault(name, points[0.0] - change if change is not None else math.nan)
+            if change is not None:
+                before.setdefault(name, now[name] - change)
 
 
 def _state(state: dict[str, Any], logs: Any) -> str:

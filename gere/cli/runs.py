@@ -45,10 +45,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file; what UTF-8 does not have, such as half a surrogate pair in a name, becomes a question mark."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text.encode("utf-8", "replace"))
+        path.write_bytes(text.encode("utf-8"))
     except OSError as error:
         raise ConfigError(
             "The report cannot be written.",

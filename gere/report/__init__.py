@@ -35,4 +35,9 @@ def make_report(folders: Sequence[Path]) -> Report:
         RunFolderError: If a folder is no run, or a file of it is damaged.
     """
     runs = read_runs(folders)
-    return Report(page(runs), markdown_table(table(group(runs))))
+    return Report(_writable(page(runs)), _writable(markdown_table(table(group(runs)))))
+
+
+def _writable(text: str) -> str:
+    """Text with a question mark for what UTF-8 does not have: half of a surrogate pair, as names may hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")

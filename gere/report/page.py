@@ -40,7 +40,7 @@ def page(runs: Sequence[Run]) -> str:
         _summary(runs, groups),
         _legend(groups),
         _plots("Task score against general ability", [*trade_offs(groups, by_folder, colours)], TRADE_OFF),
-        _plots("General ability over the steps", general, "" if any(general) else NO_GENERAL),
+        _plots("General ability over the steps", general) or _note(NO_GENERAL),
         _plots("Accuracy after each task", [heat_map(*pair) for pair in sequences], INVALID),
         _plots("Replay over the steps", replay),
         _section("Runs", _runs(runs, labels)),
@@ -104,8 +104,11 @@ def _legend(groups: Sequence[Group]) -> str:
 
 def _plots(title: str, plots: Sequence[str], note: str = "") -> str:
     found = [plot for plot in plots if plot]
-    below = f'<p class="note">{html.escape(note)}</p>' if note else ""
-    return _section(title, f'<div class="plots">{"".join(found)}</div>{below}') if found else ""
+    return _section(title, f'<div class="plots">{"".join(found)}</div>{_note(note)}') if found else ""
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>' if text else ""
 
 
 def _section(title: str, body: str) -> str:

@@ -102,7 +102,7 @@ def harmonic_mean(general: float, task: float) -> float:
         task: AP.
 
     Returns:
-        The harmonic mean, 0 if one of the two is 0, NaN if one is NaN.
+        The harmonic mean; NaN if one is NaN, else 0 if one is 0.
 
     Raises:
         ConfigError: If one is below 0 or infinite.
@@ -110,6 +110,8 @@ def harmonic_mean(general: float, task: float) -> float:
     for name, value in (("general", general), ("task", task)):
         if value < 0 or math.isinf(value):
             raise _unusable(name, "a number of at least 0", value)
+    if math.isnan(general) or math.isnan(task):
+        return math.nan
     return 0.0 if general == 0 or task == 0 else 2 / (1 / general + 1 / task)
 
 

@@ -123,7 +123,8 @@ def test_harmonic_mean_is_that_of_the_standard_library(general, task):
 
 
 def test_harmonic_mean_of_what_is_missing():
-    assert math.isnan(metrics.harmonic_mean(NONE, 1)) and math.isnan(metrics.harmonic_mean(1, NONE))
+    for other in (0, 1):
+        assert math.isnan(metrics.harmonic_mean(NONE, other)) and math.isnan(metrics.harmonic_mean(other, NONE))
     assert metrics.harmonic_mean(0, 50) == metrics.harmonic_mean(50, 0) == 0
     for pair in [(-1, 2), (2, -1), (math.inf, 1)]:
         with pytest.raises(ConfigError, match="at least 0"):

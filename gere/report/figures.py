@@ -17,13 +17,13 @@ MISSING = "-"
 MEANINGS = {
     "AP": "mean accuracy over the tasks, after the last one",
     "F1 Avg": "harmonic mean of the general accuracy (mean over its sets) and AP",
-    "OP": "mean of AP over the sequence: after the first task, after the second, and so on",
-    "BWT": "accuracy after the last task minus accuracy just after the task, mean over the earlier tasks",
-    "FWT": "accuracy just before a task is trained minus that of the untouched model, mean over the later tasks",
-    "forgetting": "best accuracy since a task was trained minus that after the last task, mean over the earlier tasks",
-    "invalid": "share of answers after the last task that are none of a task's options",
     "general loss": "held-out loss on general text, nats a token; lower is better",
     "change": "general loss minus that of the untouched model",
+    "BWT": "accuracy after the last task minus accuracy just after the task, mean over the earlier tasks",
+    "forgetting": "best accuracy since a task was trained minus that after the last task, mean over the earlier tasks",
+    "OP": "mean of AP over the sequence: after the first task, after the second, and so on",
+    "FWT": "accuracy just before a task is trained minus that of the untouched model, mean over the later tasks",
+    "invalid": "share of answers after the last task that are none of a task's options",
 }
 
 

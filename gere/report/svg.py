@@ -10,7 +10,7 @@ from typing import NamedTuple
 from gere.report.axes import Axis, axis_of
 
 WIDTH, HEIGHT = 440, 280
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 42
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 10, 42
 COLOURS = 8
 MOST_POINTS = 400
 MARKED = 25
@@ -110,7 +110,7 @@ def _frame(title: str, x_name: str, y_name: str, x: Axis, y: Axis, parts: Sequen
     texts += [_text(LEFT - 6, f"{float(_y(y, tick)) + 4:.1f}", f"{tick:.6g}", "end") for tick in y.ticks()]
     texts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_name, "middle"))
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    texts.append(_text(0, 0, y_name, "middle", {"transform": f"translate(13 {middle:g}) rotate(-90)"}))
+    texts.append(_text(0, 0, y_name, "middle", {"transform": f"translate(12 {middle:g}) rotate(-90)"}))
     axes = f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
     body = "".join([*grid, axes, *texts, *parts])
     return f'<svg role="img" viewBox="0 0 {WIDTH} {HEIGHT}">{_title(title)}{body}</svg>'

@@ -69,6 +69,10 @@ class NonFiniteStateError(GeReError, ArithmeticError):
     """The base model gave NaN or infinite states or losses on the replay set."""
 
 
+class RunFolderError(GeReError, ValueError):
+    """A run folder that a report shall show is none, or a file of it is damaged."""
+
+
 class RankFailedError(GeReError, RuntimeError):
     """Another process of the run failed in a step that all must finish."""
 

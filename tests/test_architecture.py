@@ -14,9 +14,9 @@ import gere
 PACKAGE = Path(gere.__file__).parent
 RANKS = {
     **dict.fromkeys(["errors"], 0),
-    **dict.fromkeys(["config", "losses", "sampler", "meters", "states", "ranks", "sharded", "weights"], 1),
+    **dict.fromkeys(["config", "losses", "sampler", "meters", "metrics", "states", "ranks", "sharded", "weights"], 1),
     **dict.fromkeys(["_compat"], 2),
-    **dict.fromkeys(["arguments", "cache"], 2),
+    **dict.fromkeys(["arguments", "cache", "report"], 2),
     **dict.fromkeys(["replay", "collator", "weight_file"], 3),
     **dict.fromkeys(["base_model", "checks", "distances", "evaluation", "writing"], 4),
     **dict.fromkeys(["anchoring", "objective"], 5),
@@ -28,6 +28,8 @@ FORBIDDEN = {
     "arguments": {"torch", "transformers", "pathlib"},
     "config": {"torch", "transformers", "pathlib"},
     "losses": {"transformers", "pathlib"},
+    "metrics": {"torch", "transformers", "pathlib"},
+    "report": {"torch", "transformers", "matplotlib"},
     "sampler": {"datasets", "transformers"},
     "replay": {"gere.losses", "gere.states"},
     "writing": {"gere.base_model", "gere.cache.build", "gere.cache.resolve"},

@@ -1,4 +1,4 @@
-"""The command `gere`: replay files and anchors without a training."""
+"""The command `gere`: replay files and anchors without a training, and the report of trainings."""
 
 from __future__ import annotations
 
@@ -7,5 +7,6 @@ from typing import Any
 
 from gere.cli import replay
 from gere.cli.cache import add_cache
+from gere.cli.runs import add_report
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_cache, replay.add_parser)
+COMMANDS: tuple[Callable[[Any], None], ...] = (add_cache, replay.add_parser, add_report)

@@ -12,7 +12,9 @@ from gere.errors import GeReError
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="gere", description="Replay files and anchors for training with gere.")
+    parser = argparse.ArgumentParser(
+        prog="gere", description="Replay files, anchors and reports for training with gere."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add_parser in COMMANDS:
         add_parser(commands)

@@ -1,0 +1,58 @@
+"""`gere report`: a page and a table of runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from gere.config import require
+from gere.errors import ConfigError
+
+
+def add_report(commands: Any) -> None:
+    """Add the command `report` to those of `gere`."""
+    text = "Write one HTML page with the plots and figures of runs, and show their means over seeds as Markdown."
+    parser = commands.add_parser("report", help=text, description=text)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of gere sequence, or output folder of a Trainer")
+    add("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="the page [report.html]")
+    add("--markdown", type=Path, metavar="FILE.md", help="write the table there, too")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the report.
+
+    Args:
+        options: What `add_report` defines.
+
+    Raises:
+        GeReError: If a run cannot be read or a file cannot be written.
+    """
+    require(options.out.suffix == ".html", "--out", "a file name that ends in .html", str(options.out))
+    if options.markdown is not None:
+        require(options.markdown.suffix == ".md", "--markdown", "a file name that ends in .md", str(options.markdown))
+    from gere.report import make_report
+
+    report = make_report(options.runs)
+    _write(options.out, report.html)
+    if options.markdown is not None:
+        _write(options.markdown, report.markdown)
+    sys.stdout.write(f"{report.markdown}\nwrote {options.out}\n")
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode("utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            "The report cannot be written.",
+            where=path,
+            expected="a path that this process may write to",
+            found=f"{type(error).__name__}: {error.strerror or error}",
+            fix="Give another path.",
+        ) from error

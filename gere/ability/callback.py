@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gere import _compat
-from gere.ability.choices import ChoiceNormalization, choice_accuracy
+from gere.ability.choices import ChoiceNormalization, choice_accuracy, require_normalization
 from gere.ability.questions import Question, read_questions, spread
 from gere.config import require
 from gere.errors import QuestionError, TokenizerError
@@ -39,7 +39,7 @@ class GeneralAbilityCallback(TrainerCallback):
         limit: At most so many questions of each task and so many texts, evenly spread.
         batch_size: Options of one forward pass.
         max_length: Tokens that are read of a text, or of a context with its option.
-        normalization: As in `gere.ability.choice_accuracy`.
+        normalization: As in `gere.ability.choice_accuracy`; or one for each task by its name, others by characters.
 
     Raises:
         ConfigError: If there is nothing to measure, or a name stands twice.
@@ -60,7 +60,7 @@ class GeneralAbilityCallback(TrainerCallback):
         limit: int | None = None,
         batch_size: int = 16,
         max_length: int = 1024,
-        normalization: ChoiceNormalization = "characters",
+        normalization: ChoiceNormalization | Mapping[str, ChoiceNormalization] = "characters",
     ) -> None:
         named = _named(tasks or {})
         require(texts is not None or bool(named), "texts and tasks", "at least one of them", None)
@@ -68,7 +68,11 @@ class GeneralAbilityCallback(TrainerCallback):
         self._texts: list[str] = spread(loaded, limit)
         self._tasks = {name: _questions(source, limit) for name, source in named.items()}
         self._limits: dict[str, int] = {"batch_size": batch_size, "max_length": max_length}
-        self._normalization = normalization
+        by_name = normalization if isinstance(normalization, Mapping) else dict.fromkeys(named, normalization)
+        require(set(by_name) <= set(named), "normalization", f"names of tasks: {', '.join(named)}", normalization)
+        for rule in by_name.values():
+            require_normalization(rule)
+        self._normalization: dict[str, ChoiceNormalization] = {**dict.fromkeys(named, "characters"), **by_name}
         self._trainer: Any = None
         self._start: dict[str, float] = {}
         self._measured: int | None = None
@@ -114,7 +118,7 @@ class GeneralAbilityCallback(TrainerCallback):
             values[f"{PREFIX}loss"] = general_loss(model, tokenizer, self._texts, max_length=length, ranks=ranks)
         for name, questions in self._tasks.items():
             score = choice_accuracy(
-                model, tokenizer, questions, normalization=self._normalization, ranks=ranks, **self._limits
+                model, tokenizer, questions, normalization=self._normalization[name], ranks=ranks, **self._limits
             )
             values |= {f"{PREFIX}{name}": score.accuracy, f"{PREFIX}{name}{ERROR}": score.standard_error}
         return values

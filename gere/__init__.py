@@ -15,14 +15,16 @@ _HOMES = {
     "GeReMixin": "gere.trainer",
     "GeReSeq2SeqTrainer": "gere.trainer",
     "GeReTrainer": "gere.trainer",
+    "GeneralAbilityCallback": "gere.ability",
     "general_loss": "gere.evaluation",
     "gere_trainer": "gere.trainer",
     "threshold_margin": "gere.losses",
 }
-_MODULES = ("cache", "errors", "losses", "sampler")
+_MODULES = ("ability", "cache", "errors", "losses", "sampler")
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
+    from gere.ability import GeneralAbilityCallback as GeneralAbilityCallback
     from gere.arguments import GeReArguments as GeReArguments
     from gere.config import GeReConfig as GeReConfig
     from gere.errors import GeReError as GeReError

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import BatchSampler
 
@@ -39,13 +40,21 @@ def with_processing_class(parent_init: Any, kwargs: dict[str, Any]) -> dict[str,
 
 def ranks_of(trainer: Any, *, lockstep: bool = False) -> Ranks:
     """The processes of a trainer's run."""
-    accelerator = trainer.accelerator
+    return _ranks(trainer.accelerator, lockstep)
+
+
+def ranks_here() -> Ranks:
+    """The processes of the run that this process belongs to, for those that know no trainer."""
+    return _ranks(PartialState(), False)
+
+
+def _ranks(processes: Any, lockstep: bool) -> Ranks:
     return Ranks(
-        index=accelerator.process_index,
-        count=accelerator.num_processes,
-        first_here=accelerator.is_local_main_process,
+        index=processes.process_index,
+        count=processes.num_processes,
+        first_here=processes.is_local_main_process,
         lockstep=lockstep,
-        gather=(lambda item: gather_object([item])) if accelerator.num_processes > 1 else ALONE.gather,
+        gather=(lambda item: gather_object([item])) if processes.num_processes > 1 else ALONE.gather,
     )
 
 

@@ -77,6 +77,14 @@ class RankFailedError(GeReError, RuntimeError):
     """Another process of the run failed in a step that all must finish."""
 
 
+class QuestionError(GeReError, ValueError):
+    """The questions of a multiple-choice task are missing or cannot be used."""
+
+
+class MissingPackageError(GeReError, ImportError):
+    """An optional package is needed that is not installed."""
+
+
 class CacheError(GeReError):
     """Base of everything that can be wrong with an anchor on disk."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,10 +14,30 @@ from gere.cache.plan import batches_by_length
 from gere.collator import pad_rows
 from gere.errors import ReplaySetError
 from gere.losses import next_token_ce
+from gere.ranks import ALONE, Ranks
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout; afterwards every module has the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def general_loss(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, max_length: int = 512, batch_tokens: int = 4096
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_length: int = 512,
+    batch_tokens: int = 4096,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Mean next-token loss on texts, each token counting the same.
 
@@ -26,6 +47,7 @@ def general_loss(
         texts: General texts that are in no training or replay set.
         max_length: Tokens of a text that are read.
         batch_tokens: Padded tokens of one forward pass.
+        ranks: The processes that share the work; each must call this and gets the same result.
 
     Returns:
         Cross-entropy in nats a token.
@@ -44,17 +66,21 @@ def general_loss(
             found="one string" if isinstance(texts, str) else f"{len(texts)} texts, none of two tokens",
             fix="Give held-out general texts.",
         )
+
+    def measure() -> dict[int, float]:
+        found: dict[int, float] = {}
+        for batch in ranks.share(list(batches_by_length(rows, batch_tokens))):
+            found.update(zip(batch, _sums(model, [rows[row] for row in batch]), strict=True))
+        return found
+
+    with evaluating(model):
+        found = {row: value for part in ranks.ask(measure) for row, value in part.items()}
+    return sum(found[row] for row in range(len(rows))) / sum(len(row) - 1 for row in rows)
+
+
+def _sums(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[float]:
+    """Loss of each row, summed over its tokens."""
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    total = 0.0
-    try:
-        with torch.no_grad():
-            for batch in batches_by_length(rows, batch_tokens):
-                part = {name: values.to(device) for name, values in pad_rows([rows[row] for row in batch], 0).items()}
-                ce = next_token_ce(model(**part, use_cache=False).logits, part["input_ids"], part["attention_mask"])
-                predicted = part["attention_mask"].sum(dim=1) - 1
-                total += float((ce * predicted).cpu().double().sum())
-    finally:
-        model.train(training)
-    return total / sum(len(row) - 1 for row in rows)
+    batch = {name: values.to(device) for name, values in pad_rows(rows, 0).items()}
+    ce = next_token_ce(model(**batch, use_cache=False).logits, batch["input_ids"], batch["attention_mask"])
+    return (ce * (batch["attention_mask"].sum(dim=1) - 1)).cpu().double().tolist()

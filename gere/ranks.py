@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -69,6 +69,18 @@ class Ranks:
     def ask(self, question: Callable[[], T]) -> list[T]:
         """Ask every process; answers in the order of their ranks. If one cannot answer, all fail as in `together`."""
         return self.gather(self.together(question))
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Items that this process works on.
+
+        Every process gets equally many, since each may have to call the model as often as the others; for that, the
+        last item may be given to several.
+
+        Args:
+            items: The items of all processes, the same on each.
+        """
+        own = list(items[self.index :: self.count])
+        return own + [items[-1]] * (-(-len(items) // self.count) - len(own))
 
     def first_here_first(self, action: Callable[[], T]) -> T:
         """Run an action on the first process of each machine, then on the others, which find what it left."""

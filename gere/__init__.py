@@ -19,7 +19,7 @@ _HOMES = {
     "gere_trainer": "gere.trainer",
     "threshold_margin": "gere.losses",
 }
-_MODULES = ("cache", "errors", "losses", "sampler")
+_MODULES = ("cache", "continual", "errors", "losses", "sampler")
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gere.cache.files import canonical_json, make_folder, write_atomic
+from gere.continual.matrix import MATRIX_FILE
 from gere.errors import ConfigError
 
 FORMAT = 1
@@ -43,8 +44,8 @@ class RunFolder:
             ConfigError: If the folder is one of another sequence.
         """
         file = self.path / SEQUENCE_FILE
-        now = json.loads(canonical_json({"format": FORMAT, **content}))
-        if not file.is_file():
+        now = json.loads(json.dumps({"format": FORMAT, **content}, default=str))
+        if not (file.is_file() and (self.path / MATRIX_FILE).is_file()):  # nothing was measured yet
             write_atomic(file, canonical_json(now))
             return
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from gere.continual.trainers import (
     load_tokenizer,
     training_arguments,
 )
+from gere.errors import ConfigError
 from gere.evaluation import general_loss
 from gere.replay import read_file
 
@@ -62,12 +64,28 @@ def run(
         settings = settings_of(settings, "settings")
     out = Path(settings.out)
     make_folder(out)
+    with _alone(out):
+        return _Sequence(settings, make_trainer or factory_of(settings), measure).run()
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold a run folder, which the system lets go of when the process ends or is killed."""
+    lock = FileLock(out / ".lock")
     try:
-        with FileLock(out / ".lock", timeout=0):
-            return _Sequence(settings, make_trainer or factory_of(settings), measure).run()
-    except Timeout:
-        require(False, "out", "a folder that no other process is using", settings.out)
-        raise
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(
+            "The run folder is in use.",
+            where=out,
+            expected="one process at a time",
+            found="another one that is training there",
+            fix="Wait for it, or set out to another folder.",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class _Sequence:
@@ -86,9 +104,12 @@ class _Sequence:
         self._matrix = read_matrix(self._folder.path) or Matrix(names)
 
     def run(self) -> Matrix:
-        self._folder.begin(self._content())
+        """Do what is left to do."""
         training_arguments(self._settings, self._folder.task(0))
         factory_settings(self._settings, self._folder.path)
+        longest = max(self._most_new(task) for task in self._tasks)
+        require(self._settings.max_length > longest, "max_length", f"more than {longest}", self._settings.max_length)
+        self._folder.begin(self._content())
         if not self._matrix.general:
             self._evaluate(None)
         done = len(self._matrix.accuracy)
@@ -154,7 +175,7 @@ class _Sequence:
     def _score(self, model: Any, task: Task) -> Scores:
         settings, tokenizer = self._settings, self._tokenizer
         options = [answer_ids(tokenizer, label) for label in task.labels]
-        longest = max(map(len, options)) + 1
+        longest = self._most_new(task)
         prompts = [prompt_ids(tokenizer, row, settings.max_length - longest) for row in task.dev]
         if settings.answers == "likelihood":
             chosen = likeliest_answers(model, tokenizer, prompts, options)
@@ -164,6 +185,10 @@ class _Sequence:
         scores = score(answers, [row.output for row in task.dev], task.labels)
         logger.info("%s: accuracy %.4f, invalid %.4f", task.name, scores.accuracy, scores.invalid)
         return scores
+
+    def _most_new(self, task: Task) -> int:
+        """Tokens of the longest label and the one that ends it."""
+        return max(len(answer_ids(self._tokenizer, label)) for label in task.labels) + 1
 
     def _general(self, model: Any) -> dict[str, float]:
         found: dict[str, float] = {}

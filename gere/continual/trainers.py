@@ -162,7 +162,9 @@ def load_model(settings: SequenceSettings, saved: Path | None) -> Any:
     """
     lora = settings.lora is not None
     name = settings.model if saved is None or lora else str(saved)
-    model = _loaded(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=settings.dtype))
+    model: Any = _loaded(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=settings.dtype))
+    most = getattr(model.config, "max_position_embeddings", None) or settings.max_length
+    require(settings.max_length <= most, "max_length", f"at most {most}, which the model has", settings.max_length)
     if not lora:
         return model
     from peft import LoraConfig, PeftModel, get_peft_model

@@ -16,6 +16,7 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import TrainerCallback, set_seed
 
 from gere.cli.main import main
 from gere.continual import (
@@ -33,7 +34,7 @@ from gere.continual.folder import RunFolder
 from gere.continual.matrix import read_matrix
 from gere.continual.settings import settings_of
 from gere.continual.tasks import TaskRow, encode, prompt_ids
-from gere.continual.trainers import load_model, plain_trainer, training_arguments
+from gere.continual.trainers import gere_trainer, load_model, plain_trainer, training_arguments
 from gere.errors import ConfigError
 
 KILLER = """
@@ -219,7 +220,6 @@ def test_rows_are_drawn_by_seed_and_long_prompts_keep_both_ends(settings, tokeni
         ({"model": "/nowhere"}, "cannot be loaded"),
         ({"lora": {"rank": 3}}, "LoraConfig"),
         ({"dev_skip": 999}, "dev_skip"),
-        ({"max_length": 8, "tasks": ["two"]}, "max_length"),
         ({"max_length": 2000}, "at most 1024"),
     ],
 )
@@ -236,6 +236,13 @@ def test_yaml_with_words_of_the_command_line(tmp_path):
     assert training_arguments(read, tmp_path).learning_rate == 1e-4
     with pytest.raises(ConfigError, match="tasks and out"):
         settings_of({"model": "m"}, file)
+
+
+def test_a_label_longer_than_a_row_is_refused(settings, folder):
+    task = {kind: f"{folder}/one.{kind}.jsonl" for kind in ("train", "dev")}
+    given = settings(tasks=[{**task, "labels": ["good", "bad", "altogether unforgettable"]}], max_length=8)
+    with pytest.raises(ConfigError, match="max_length"):
+        run(given)
 
 
 SHIPPED = sorted((ROOT / "examples" / "sequences").glob("*.yaml"))
@@ -314,8 +321,6 @@ def test_every_task_has_the_anchor_of_the_base(settings, folder, lora):
     keys, moved = [], []
 
     def make(model, tokenizer, train_rows, args, **extra):
-        from gere.continual.trainers import gere_trainer
-
         moved.append(any((tensor != base[name]).any() for name, tensor in model.state_dict().items()))
         trainer = gere_trainer(model, tokenizer, train_rows, args, **extra)
         end = trainer.save_model
@@ -323,8 +328,6 @@ def test_every_task_has_the_anchor_of_the_base(settings, folder, lora):
         return trainer
 
     given = settings(trainer="gere", gere=replay(folder), lora=lora, dev_rows=1)
-    from transformers import set_seed
-
     set_seed(given.seed)
     base = load_model(given, None).state_dict()
     run(given, make_trainer=make)
@@ -393,14 +396,30 @@ def test_killed_twice_in_task_two_gives_the_same_matrix(settings, folder, tmp_pa
     same_runs(whole, broken)
 
 
-def test_kill_after_the_last_checkpoint_trains_no_step_more(settings, folder, tmp_path):
+class Stop(TrainerCallback):
+    """Ends a training past its last checkpoint, before its model is kept: all that a kill leaves on the disk there."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_stop_after_the_last_checkpoint_trains_no_step_more(settings, tmp_path):
     training = {**settings().training, "max_steps": 5, "save_steps": 2}
-    given = settings(trainer="killer:make", training=training, before=False)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    file = config_file(given, broken)
-    ends = start(folder, (config_file(given, whole), ""), (file, "01 1"), (file, "02 end"), (file, ""))
-    assert ends == ["0", "-9", "-9 checkpoint-4 checkpoint-5", "0"]
-    same_runs(whole, broken)
+    whole, broken = (settings(training=training, before=False, name="same", out=f"{tmp_path}/{n}") for n in "ab")
+    run(whole)
+
+    def make(model, tokenizer, train_rows, args, **extra):
+        trainer = plain_trainer(model, tokenizer, train_rows, args, **extra)
+        if "task-02" in args.output_dir:
+            trainer.add_callback(Stop())
+        return trainer
+
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, make_trainer=make)
+    task = Path(broken.out) / "task-02-two"
+    assert sorted(path.name for path in task.glob("*")) == ["checkpoint-4", "checkpoint-5"]
+    run(broken)
+    same_runs(Path(whole.out), Path(broken.out))
 
 
 def test_half_written_files_are_not_used(tmp_path):

@@ -25,10 +25,10 @@ def _run(options: argparse.Namespace) -> int:
     from gere.continual import run
 
     matrix = run(settings)
-    width = max(map(len, ["before", *matrix.tasks]))
-    last = "all tasks" if settings.mode == "multitask" else ""
-    before = [] if None in matrix.before else [("before", matrix.before)]
-    rows = [*before, *zip([last] if last else matrix.tasks, matrix.accuracy, strict=True)]
+    width = max(map(len, ["all tasks", *matrix.tasks]))
+    names = ["all tasks"] if settings.mode == "multitask" else matrix.tasks
+    rows: list[tuple[str, list[Any]]] = [] if None in matrix.before else [("before", [*matrix.before])]
+    rows += zip(names, matrix.accuracy, strict=True)
     lines = [f"{'after':<{width}}  " + "  ".join(f"{name:>8}" for name in matrix.tasks)]
     lines += [f"{name:<{width}}  " + "  ".join(f"{value:>8.4f}" for value in row) for name, row in rows]
     sys.stdout.write("\n".join([*lines, f"Written: {Path(settings.out) / 'matrix.json'}"]) + "\n")

@@ -123,9 +123,8 @@ def settings_of(content: Mapping[str, Any], where: object) -> SequenceSettings:
         require_name(key, [field.name for field in fields], where)
     missing = [name for name in ("model", "tasks", "out") if name not in content]
     require(not missing, f"{where}", "model, tasks and out", f"no {', '.join(missing)}")
-    return SequenceSettings(
-        **{name: str(value) if isinstance(value, Path) else value for name, value in content.items()}
-    )
+    texts: dict[str, Any] = {name: str(value) for name, value in content.items() if isinstance(value, Path)}
+    return SequenceSettings(**{**content, **texts})
 
 
 def require_name(key: object, known: Sequence[str], where: object) -> None:

@@ -20,7 +20,7 @@ _HOMES = {
     "gere_trainer": "gere.trainer",
     "threshold_margin": "gere.losses",
 }
-_MODULES = ("ability", "cache", "errors", "losses", "sampler")
+_MODULES = ("ability", "cache", "continual", "errors", "losses", "sampler")
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:

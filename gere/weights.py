@@ -98,9 +98,9 @@ class DynamicWeight(RowWeight):
 class AutoWeight(RowWeight):
     """`auto_nats` / distance to unrelated text, the mean over the first 64 replay rows of the run, up to a cap.
 
-    A row whose distance would count more than `CAP` times its cross-entropy gets the weight at which it counts just that,
-    as by `dy`. The rows of an optimizer step get the weight that follows from the steps before it, so that it does not depend on
-    how the rows are split. In the first step, where the distance of an untouched model is 0, it is 0.
+    A row whose distance would count more than `CAP` times its cross-entropy gets the weight at which it counts just
+    that, as by `dy`. The rows of an optimizer step get the weight that follows from the steps before it, so that it
+    does not depend on how the rows are split. In the first step, where the distance of an untouched model is 0, it is 0.
 
     Args:
         order: Order of the distance, as for `auto_nats`.

@@ -22,7 +22,8 @@ RANKS = {
     **dict.fromkeys(["anchoring", "objective", "ability"], 5),
     **dict.fromkeys(["run", "callbacks", "named"], 6),
     **dict.fromkeys(["trainer"], 7),
-    **dict.fromkeys(["integrations", "cli"], 8),
+    **dict.fromkeys(["integrations", "continual"], 8),
+    **dict.fromkeys(["cli"], 9),
 }
 FORBIDDEN = {
     "arguments": {"torch", "transformers", "pathlib"},

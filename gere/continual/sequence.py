@@ -1,0 +1,216 @@
+"""One model over a sequence of tasks: train, evaluate all tasks, note it, go on; or go on where a kill left it."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from transformers import set_seed
+
+from gere.ability import GeneralAbilityCallback
+from gere.cache.files import file_sha256, make_folder
+from gere.config import require
+from gere.continual.answers import Scores, greedy_answers, likeliest_answers, score
+from gere.continual.folder import RunFolder
+from gere.continual.matrix import Matrix, read_matrix
+from gere.continual.settings import SequenceSettings, require_name, settings_of
+from gere.continual.tasks import Task, answer_ids, encode, prompt_ids, read_tasks
+from gere.continual.trainers import (
+    TrainerFactory,
+    factory_of,
+    factory_settings,
+    load_model,
+    load_tokenizer,
+    training_arguments,
+)
+from gere.errors import ConfigError
+from gere.evaluation import general_loss
+from gere.replay import read_file
+
+Measure = Callable[[Any, Any], dict[str, float]]
+MULTITASK = "multitask"
+logger = logging.getLogger("gere")
+
+
+def run(
+    settings: SequenceSettings | Mapping[str, Any],
+    *,
+    make_trainer: TrainerFactory | None = None,
+    measure: Measure | None = None,
+) -> Matrix:
+    """Train one model over tasks, and evaluate all tasks after each.
+
+    Call it again with the same settings to go on after a kill; a finished sequence gives its matrix.
+
+    Args:
+        settings: What to do; a mapping has the names of `SequenceSettings`.
+        make_trainer: Makes the trainer of a task from `(model, tokenizer, train_rows, args, **settings)`, in place of
+            what `trainer` names.
+        measure: Measures general ability of `(model, tokenizer)`, in addition to what `general` and `ability` name.
+
+    Returns:
+        The matrix, as it stands in `matrix.json`.
+
+    Raises:
+        ConfigError: If a setting cannot be used, or the run folder belongs to another sequence.
+        GeReError: Whatever the trainer refuses.
+    """
+    if not isinstance(settings, SequenceSettings):
+        settings = settings_of(settings, "settings")
+    out = Path(settings.out)
+    make_folder(out)
+    with _alone(out):
+        return _Sequence(settings, make_trainer or factory_of(settings), measure).run()
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold a run folder, which the system lets go of when the process ends or is killed."""
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(
+            "The run folder is in use.",
+            where=out,
+            expected="one process at a time",
+            found="another one that is training there",
+            fix="Wait for it, or set out to another folder.",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Sequence:
+    """A sequence while it runs."""
+
+    def __init__(self, settings: SequenceSettings, make_trainer: TrainerFactory, measure: Measure | None) -> None:
+        self._settings = settings
+        self._make_trainer = make_trainer
+        self._measures = [found for found in (_ability(settings), measure) if found is not None]
+        self._tasks = read_tasks(settings)
+        self._tokenizer = load_tokenizer(settings.model)
+        names = [task.name for task in self._tasks]
+        self._rounds = [MULTITASK] if settings.mode == MULTITASK else names
+        self._folder = RunFolder(Path(settings.out), self._rounds)
+        self._texts = [] if settings.general is None else _texts(Path(settings.general), settings.general_rows)
+        self._matrix = read_matrix(self._folder.path) or Matrix(names)
+
+    def run(self) -> Matrix:
+        """Do what is left to do."""
+        training_arguments(self._settings, self._folder.task(0))
+        factory_settings(self._settings, self._folder.path)
+        longest = max(self._most_new(task) for task in self._tasks)
+        require(self._settings.max_length > longest, "max_length", f"more than {longest}", self._settings.max_length)
+        self._folder.begin(self._content())
+        if not self._matrix.general:
+            self._evaluate(None)
+        done = len(self._matrix.accuracy)
+        for index in range(done):
+            self._folder.clean_up(index)
+        for index in range(done, len(self._rounds)):
+            if self._folder.model(index) is None:
+                self._train(index)
+            self._folder.write_logs(index)
+            self._evaluate(index)
+            self._folder.clean_up(index)
+        return self._matrix
+
+    def _content(self) -> dict[str, Any]:
+        """What tells this sequence from another one."""
+        settings = dataclasses.asdict(self._settings)
+        name = settings.pop("name") or self._folder.path.resolve().name
+        files = [path for task in self._tasks for path in task.files]
+        return {
+            "name": name,
+            "seed": settings["seed"],
+            "tasks": [task.name for task in self._tasks],
+            "files": {path.name: file_sha256(path) for path in files},
+            "settings": {key: value for key, value in settings.items() if key != "out"},
+        }
+
+    def _train(self, index: int) -> None:
+        """Train a task from its last checkpoint, or from the model before it, and keep the result."""
+        folder = self._folder.task(index)
+        args = training_arguments(self._settings, folder)
+        set_seed(self._settings.seed)
+        model = load_model(self._settings, self._folder.model(index - 1))
+        most = self._settings.max_length
+        tasks = self._tasks if self._settings.mode == MULTITASK else [self._tasks[index]]
+        rows = [encode(self._tokenizer, row, most) for task in tasks for row in task.train]
+        extra = factory_settings(self._settings, self._folder.path)
+        trainer = self._make_trainer(model, self._tokenizer, rows, args, **extra)
+        checkpoint = self._folder.checkpoint(index)
+        logger.info("%s: %d rows, from %s", self._rounds[index], len(rows), checkpoint or "the start")
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_state()
+        self._folder.keep(index, trainer.save_model)
+        del trainer, model
+        gc.collect()
+
+    def _evaluate(self, index: int | None) -> None:
+        """Evaluate the saved model of a task, or the untouched one, and write the matrix.
+
+        It is always loaded anew, so that a resumed run evaluates the very same.
+        """
+        settings = self._settings
+        device = training_arguments(settings, self._folder.path).device
+        set_seed(settings.seed)
+        model = load_model(settings, None if index is None else self._folder.model(index)).to(device)
+        scores = [self._score(model, task) for task in self._tasks] if index is not None or settings.before else None
+        general = self._general(model)
+        if index is None or scores is None:
+            self._matrix.begin(scores, general)
+        else:
+            self._matrix.add(scores, general)
+        self._matrix.write(self._folder.path)
+
+    def _score(self, model: Any, task: Task) -> Scores:
+        settings, tokenizer = self._settings, self._tokenizer
+        options = [answer_ids(tokenizer, label) for label in task.labels]
+        longest = self._most_new(task)
+        prompts = [prompt_ids(tokenizer, row, settings.max_length - longest) for row in task.dev]
+        if settings.answers == "likelihood":
+            chosen = likeliest_answers(model, tokenizer, prompts, options)
+            answers = [task.labels[place] for place in chosen]
+        else:
+            answers = greedy_answers(model, tokenizer, prompts, longest, batch=settings.eval_batch)
+        scores = score(answers, [row.output for row in task.dev], task.labels)
+        logger.info("%s: accuracy %.4f, invalid %.4f", task.name, scores.accuracy, scores.invalid)
+        return scores
+
+    def _most_new(self, task: Task) -> int:
+        """Tokens of the longest label and the one that ends it."""
+        return max(len(answer_ids(self._tokenizer, label)) for label in task.labels) + 1
+
+    def _general(self, model: Any) -> dict[str, float]:
+        found: dict[str, float] = {}
+        if self._texts:
+            found["general/loss"] = general_loss(
+                model, self._tokenizer, self._texts, max_length=self._settings.max_length
+            )
+        for measure in self._measures:
+            found |= measure(model, self._tokenizer)
+        return found
+
+
+def _ability(settings: SequenceSettings) -> Measure | None:
+    """What the section `ability` asks for."""
+    known = [name for name in inspect.signature(GeneralAbilityCallback).parameters if name != "texts"]
+    for name in settings.ability:
+        require_name(name, known, "ability")
+    return GeneralAbilityCallback(**settings.ability).measure if settings.ability else None
+
+
+def _texts(path: Path, size: int | None) -> list[str]:
+    """General texts of a file, by the rules of replay files."""
+    return [str(text) for text in read_file(path, "text")[:size]]

@@ -1,0 +1,164 @@
+"""Tasks of a sequence: their files, their labels, and their rows as tokens."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gere.config import require
+from gere.continual.answers import normalised
+from gere.continual.settings import SequenceSettings, require_name
+from gere.errors import ConfigError
+
+TRAIN, DEV = ".train.jsonl", ".dev.jsonl"
+
+
+class TaskRow(NamedTuple):
+    """One question of a task.
+
+    Attributes:
+        instruction: What is asked, the same in all rows of a task as a rule.
+        input: The text it is asked about.
+        output: The right answer.
+    """
+
+    instruction: str
+    input: str
+    output: str
+
+    @property
+    def prompt(self) -> str:
+        """All that the model reads before its answer."""
+        return self.instruction + self.input
+
+
+class Task(NamedTuple):
+    """A task of a sequence.
+
+    Attributes:
+        name: Its name in the matrix.
+        train: Rows to train on.
+        dev: Rows to evaluate on.
+        labels: All answers that the task has.
+        files: The files they come from.
+    """
+
+    name: str
+    train: list[TaskRow]
+    dev: list[TaskRow]
+    labels: tuple[str, ...]
+    files: tuple[Path, Path]
+
+
+def read_tasks(settings: SequenceSettings) -> list[Task]:
+    """Read the tasks of a sequence.
+
+    Raises:
+        ConfigError: If a file cannot be read, a row lacks a field, or two tasks have the same name.
+    """
+    tasks = [read_task(entry, settings) for entry in settings.tasks]
+    names = [task.name for task in tasks]
+    require(len({*names}) == len(names), "tasks", "tasks of different names", names)
+    return tasks
+
+
+def read_task(entry: Any, settings: SequenceSettings) -> Task:
+    """Read a task.
+
+    Args:
+        entry: A name, the path of its training file, or a mapping of `train`, `dev`, `name` and `labels`.
+        settings: `task_dir`, and which rows are taken.
+
+    Raises:
+        ConfigError: If a file cannot be read, a row lacks a field, or labels cannot be told apart.
+    """
+    given = _paths(entry, settings.task_dir)
+    files = (Path(given["train"]), Path(given["dev"]))
+    name = str(given.get("name") or files[0].name.removesuffix(".jsonl").removesuffix(".train"))
+    train, dev = map(_read_rows, files)
+    labels = tuple(given.get("labels") or sorted({row.output for row in [*train, *dev]}))
+    _require_labels(name, labels, dev)
+    if settings.rows is not None and settings.rows < len(train):
+        train = random.Random(f"{settings.seed} {name}").sample(train, settings.rows)  # noqa: S311
+    dev = dev[settings.dev_skip :][: settings.dev_rows]
+    require(len(dev) > 0, "dev_skip", f"less than the rows of {files[1]}", settings.dev_skip)
+    return Task(name, train, dev, labels, files)
+
+
+def _paths(entry: Any, folder: str | None) -> Mapping[str, Any]:
+    if isinstance(entry, Mapping):
+        for key in entry:
+            require_name(key, ["train", "dev", "name", "labels"], "tasks")
+        require({"train", "dev"} <= {*entry}, "tasks", "a mapping with train and dev", entry)
+        return entry
+    text = str(entry)
+    if text.endswith(TRAIN):
+        return {"train": text, "dev": text.removesuffix(TRAIN) + DEV}
+    require(not text.endswith(".jsonl"), "tasks", f"a name, a file NAME{TRAIN}, or a mapping of train and dev", text)
+    require(folder is not None, "task_dir", f"a folder that has {text}{TRAIN}", folder)
+    return {"name": text, "train": Path(str(folder)) / (text + TRAIN), "dev": Path(str(folder)) / (text + DEV)}
+
+
+def _read_rows(path: Path) -> list[TaskRow]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            records = [json.loads(line) for line in lines if line.strip()]
+        rows = [TaskRow(str(row.get("instruction", "")), str(row["input"]), str(row["output"])) for row in records]
+        if not rows:
+            raise ValueError("no rows")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            "A task file cannot be read.",
+            where=path,
+            expected="JSON lines with input and output, and instruction where there is one",
+            found=f"{type(error).__name__}: {error}",
+            fix="Correct tasks or task_dir, or the file.",
+        ) from error
+    return rows
+
+
+def _require_labels(name: str, labels: Sequence[str], dev: Sequence[TaskRow]) -> None:
+    """Refuse labels that an answer could not be told by."""
+    plain = [normalised(label) for label in labels]
+    distinct = len({*plain}) == len(plain) and all(plain)
+    require(distinct, f"labels of {name}", "labels that differ in letters and digits", labels)
+    strange = {row.output for row in dev if normalised(row.output) not in plain}
+    require(not strange, f"outputs of {name}", f"one of {', '.join(labels)}", sorted(strange)[:3])
+
+
+def prompt_ids(tokenizer: Any, row: TaskRow, most: int) -> list[int]:
+    """Tokens of a prompt; a long one keeps its instruction and its end.
+
+    Args:
+        tokenizer: The tokenizer.
+        row: The row.
+        most: Largest number of tokens.
+    """
+    ids = list(tokenizer(row.prompt, verbose=False)["input_ids"])
+    ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+    if len(ids) <= most:
+        return ids
+    head = min(len(tokenizer(row.instruction, verbose=False)["input_ids"]), most // 2) if row.instruction else 0
+    return ids[:head] + ids[len(ids) - (most - head) :]
+
+
+def answer_ids(tokenizer: Any, answer: str) -> list[int]:
+    """Tokens of an answer, as they follow the prompt, without the one that ends it."""
+    return list(tokenizer(f" {answer}", add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def encode(tokenizer: Any, row: TaskRow, most: int) -> dict[str, list[int]]:
+    """A row to train on: prompt, answer, end; the loss is that of answer and end.
+
+    Args:
+        tokenizer: The tokenizer.
+        row: The row.
+        most: Largest number of tokens.
+    """
+    answer = [*answer_ids(tokenizer, row.output), tokenizer.eos_token_id][:most]
+    prompt = prompt_ids(tokenizer, row, most - len(answer))
+    ids = prompt + answer
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(prompt) + answer}

@@ -100,7 +100,7 @@ class AutoWeight(RowWeight):
 
     A row whose distance would count more than `CAP` times its cross-entropy gets the weight at which it counts just
     that, as by `dy`. The rows of an optimizer step get the weight that follows from the steps before it, so that it
-    does not depend on how the rows are split. In the first step, where the distance of an untouched model is 0, it is 0.
+    does not depend on how the rows are split. In the first step, where an untouched model has distance 0, it is 0.
 
     Args:
         order: Order of the distance, as for `auto_nats`.

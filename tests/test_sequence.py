@@ -264,6 +264,19 @@ def test_shipped_orders():
 # The sequence
 
 
+def test_the_example_of_the_whole_path(tmp_path):
+    """It ends in a page, and replay forgets less of the general text than the plain trainer."""
+    script = ROOT / "examples" / "whole_path.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--out", "out"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|")]
+    column = [cell.strip() for cell in rows[0]].index("general loss")
+    loss = {row[1].strip(): float(row[column].split()[0]) for row in rows[2:]}
+    assert loss["gere"] < loss["before training"] + 1 < loss["plain"]
+    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_a_folder_in_use_is_refused(settings):
     given = settings()
     Path(given.out).mkdir()

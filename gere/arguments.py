@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from gere.config import GeReConfig, parse_replay_per_batch, parse_weight
@@ -130,20 +130,30 @@ def kwargs_of_section(section: Mapping[str, Any], where: str) -> dict[str, Any]:
             fix="Write each setting as `name: value`, indented below the name of the section.",
         )
     for key in section:
-        _require_known(key, where)
+        require_known(key, [*TRAINER_FIELDS, *CONFIG_FIELDS], where, "A replay setting")
     parse_weight(section.get("w_strategy", "auto"))
     parse_replay_per_batch(section.get("num_interpolate_per_batch"))
     kwargs = {name: section[name] for name in TRAINER_FIELDS if name in section}
     return kwargs | {"gere_config": GeReConfig(**{name: section[name] for name in CONFIG_FIELDS if name in section})}
 
 
-def _require_known(key: object, where: str) -> None:
-    known = [*TRAINER_FIELDS, *CONFIG_FIELDS]
+def require_known(key: object, known: Sequence[str], where: object, what: str) -> None:
+    """Refuse a name that is not known.
+
+    Args:
+        key: The name.
+        known: All names that there are.
+        where: The place of it, for the message.
+        what: What bears the name, as the message begins.
+
+    Raises:
+        ConfigError: With the nearest known name.
+    """
     if key in known:
         return
     nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
     raise ConfigError(
-        "A replay setting has a name that is not known.",
+        f"{what} has a name that is not known.",
         where=where,
         expected=f"one of {', '.join(known)}",
         found=repr(key),

@@ -92,7 +92,12 @@ class DynamicWeight(RowWeight):
 
     def __call__(self, ce: Tensor, distance: Tensor) -> Tensor:
         """The quotient."""
-        return ce.detach() / (distance.detach() + 1e-8)
+        return _dynamic(ce, distance)
+
+
+def _dynamic(ce: Tensor, distance: Tensor) -> Tensor:
+    """Weight by which a distance counts as much as the cross-entropy of its row."""
+    return ce.detach() / (distance.detach() + 1e-8)
 
 
 class AutoWeight(RowWeight):
@@ -122,7 +127,7 @@ class AutoWeight(RowWeight):
     def __call__(self, ce: Tensor, distance: Tensor) -> Tensor:
         """The quotient, at most the cap; 0 while nothing is known."""
         level = self._level(distance)
-        return torch.minimum(level, CAP * DynamicWeight()(ce, distance).to(level))
+        return torch.minimum(level, CAP * _dynamic(ce, distance).to(level))
 
     def capped(self, weight: Tensor) -> Tensor:
         """Those below the quotient."""

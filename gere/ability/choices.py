@@ -121,7 +121,7 @@ def option_scores(
     def measure() -> dict[int, float]:
         found: dict[int, float] = {}
         for batch in ranks.share(batches):
-            found.update(zip(batch, _log_likelihoods(model, [rows[row] for row in batch]), strict=True))
+            found.update(zip(batch, log_likelihoods(model, [rows[row] for row in batch]), strict=True))
         return found
 
     with evaluating(model):
@@ -196,8 +196,16 @@ def _first_token(tokenizer: Any) -> int:
     return int(first)
 
 
-def _log_likelihoods(model: nn.Module, rows: Sequence[Row]) -> list[float]:
-    """Log-likelihood of the option in each row, summed in float64 over float32 values of its tokens."""
+def log_likelihoods(model: nn.Module, rows: Sequence[Row]) -> list[float]:
+    """Log-likelihood of the option in each row of a batch, summed in float64 over float32 values of its tokens.
+
+    Args:
+        model: A causal language model, in evaluation mode and without gradients.
+        rows: The rows.
+
+    Returns:
+        Nats, one for each row.
+    """
     device = next(model.parameters()).device
     batch = {name: values.to(device) for name, values in pad_rows([row.ids for row in rows], 0).items()}
     width = batch["input_ids"].shape[1]

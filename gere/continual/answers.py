@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from gere.ability.choices import Row, log_likelihoods
 from gere.cache.plan import batches_by_length
-from gere.collator import pad_rows
 from gere.evaluation import evaluating
 from gere.states import base_module
 
@@ -139,18 +138,11 @@ def likeliest_answers(
         options: Tokens of each option, the same options for all prompts.
         batch_tokens: Padded tokens of one forward pass.
     """
-    rows = [[*prompt, *option] for prompt in prompts for option in options]
-    lengths = [len(option) for _ in prompts for option in options]
+    rows = [Row([*prompt, *option], len(prompt)) for prompt in prompts for option in options]
     values = [0.0] * len(rows)
-    device = model.get_input_embeddings().weight.device
     with evaluating(model):
-        for batch in batches_by_length(rows, batch_tokens):
-            part = {name: tensor.to(device) for name, tensor in pad_rows([rows[row] for row in batch], 0).items()}
-            logits = model(**part, use_cache=False).logits
-            for place, row in enumerate(batch):
-                end = len(rows[row])
-                predicted = logits[place, end - lengths[row] - 1 : end - 1].float()
-                wanted = part["input_ids"][place, end - lengths[row] : end]
-                values[row] = -float(F.cross_entropy(predicted, wanted))
+        for batch in batches_by_length([row.ids for row in rows], batch_tokens):
+            for place, found in zip(batch, log_likelihoods(model, [rows[place] for place in batch]), strict=True):
+                values[place] = found / (len(rows[place].ids) - rows[place].start)
     width = len(options)
     return [max(range(width), key=lambda option: values[start + option]) for start in range(0, len(rows), width)]

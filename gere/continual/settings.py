@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from gere.arguments import require_known
 from gere.config import require
 from gere.errors import ConfigError
 
@@ -130,21 +130,8 @@ def settings_of(content: Mapping[str, Any], where: object) -> SequenceSettings:
 
 
 def require_name(key: object, known: Sequence[str], where: object) -> None:
-    """Refuse a name that is not known.
-
-    Raises:
-        ConfigError: With the nearest known name.
-    """
-    if key in known:
-        return
-    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-    raise ConfigError(
-        "A setting of the sequence has a name that is not known.",
-        where=where,
-        expected=f"one of {', '.join(known)}",
-        found=repr(key),
-        fix=f"Did you mean {nearest}? Rename the setting or take it out.",
-    )
+    """Refuse a name that no setting of a sequence has, as `require_known` does."""
+    require_known(key, known, where, "A setting of the sequence")
 
 
 def read_sequence(file: Path, words: Sequence[str] = ()) -> SequenceSettings:

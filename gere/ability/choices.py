@@ -109,8 +109,7 @@ def option_scores(
 ) -> list[list[float]]:
     """Normalised log-likelihood of each option of each question, in nats; arguments as in `choice_accuracy`."""
     require_normalization(normalization)
-    require(type(batch_size) is int and batch_size > 0, "batch_size", "a number above 0", batch_size)
-    require(type(max_length) is int and max_length > 1, "max_length", "a number above 1", max_length)
+    require_sizes(batch_size, max_length)
     if not questions:
         raise QuestionError("There are no questions.", where="questions", expected="at least one", found="none")
     rows = encode(tokenizer, questions, max_length)
@@ -136,6 +135,12 @@ def require_normalization(rule: object) -> None:
     """Refuse what a log-likelihood cannot be divided by."""
     names = get_args(ChoiceNormalization)
     require(rule in names, "normalization", " or ".join(map(repr, names)), rule)
+
+
+def require_sizes(batch_size: object, max_length: object) -> None:
+    """Refuse batches without a row and rows without a context."""
+    require(type(batch_size) is int and batch_size > 0, "batch_size", "a number above 0", batch_size)
+    require(type(max_length) is int and max_length > 1, "max_length", "a number above 1", max_length)
 
 
 def encode(tokenizer: Any, questions: Sequence[Question], max_length: int) -> list[Row]:

@@ -97,7 +97,7 @@ def _task(manager: Any, name: str, spec: str, rule: str, limit: int | None) -> H
             "A task of lm-eval has no accuracy that is a mean over its rows.",
             where=PREFIX + spec,
             expected=" or ".join(SCORES.values()),
-            found=", ".join(sorted(set().union(*scores))) or "none",
+            found=", ".join(sorted({score for task in parts.values() for score in task.aggregation()})) or "none",
             fix="Choose another task.",
         )
     if SCORES[rule] not in known:

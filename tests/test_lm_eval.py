@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import random
+import re
 import sys
 from types import SimpleNamespace
 
@@ -232,6 +233,7 @@ def task_files(tmp_path):
             "query": f"Question: {' '.join(draw.choices(words, k=draw.randint(2, 12)))}?\nAnswer:",
             "choices": [" ".join(draw.choices(words, k=draw.randint(1, 5))) + str(option) for option in range(4)],
             "gold": draw.randrange(4),
+            "ending": " ".join(draw.choices(words, k=3)),
         }
         for _ in range(20)
     ]
@@ -271,6 +273,33 @@ def test_both_backends_find_the_same(task_files, model, tokenizer, rule, length)
     for number, wanted in enumerate(ours):
         theirs = [answer[0] for answer in rows[number]["filtered_resps"]]
         np.testing.assert_allclose(theirs, wanted, rtol=1e-5)
+
+
+@needs_lm_eval
+def test_one_ending_after_two_contexts(task_files, model, tokenizer):
+    """The form of WinoGrande."""
+    data = task_files / "endings.jsonl"
+    lines = [
+        {**row, "query": row["choices"], "choices": [row["ending"]] * 4}
+        for row in map(json.loads, open_rows(task_files))
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = (
+        (task_files / "zero.yaml")
+        .read_text()
+        .replace("rows.jsonl", "endings.jsonl")
+        .replace("task: zero", "task: end")
+    )
+    for key, value in (("text", "gold"), ("target", "ending"), ("choice", "query")):
+        text = re.sub(f"(doc_to_{key}): .*", rf"\1: {value}", text)
+    (task_files / "end.yaml").write_text(text)
+    tasks = {"theirs": f"lm-eval:{task_files}/end.yaml", "ours": data}
+    found = GeneralAbilityCallback(tasks=tasks, normalization="none").measure(model, tokenizer)
+    assert found["general/theirs"] == found["general/ours"]
+
+
+def open_rows(folder):
+    return (folder / "rows.jsonl").read_text().splitlines()
 
 
 @needs_lm_eval

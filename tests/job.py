@@ -34,7 +34,7 @@ DEFAULTS = {
     "stream": False,  # the task rows as an IterableDataset
     "slow": 0.0,  # seconds that each forward pass of the anchor takes more
     "stop_at": 0,
-    "ability": False,  # measure general ability, too
+    "ability": False,  # measure general ability, too; or arguments of the callback
     "args": {},
     "config": {},
 }
@@ -196,7 +196,8 @@ def main() -> None:
     rows = Rows()
     trainer.add_callback(rows)
     if job["ability"]:
-        trainer.add_callback(ability())
+        chosen = job["ability"]
+        trainer.add_callback(GeneralAbilityCallback(**chosen) if isinstance(chosen, dict) else ability())
     watch_rows(trainer, rows)
     rows.stop_at = job["stop_at"]
     distilled = watch_the_build(job, rank)

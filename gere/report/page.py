@@ -49,7 +49,8 @@ def page(runs: Sequence[Run]) -> str:
 
 
 TRADE_OFF = (
-    "Small: a run. Large: the mean of a name. Hollow: before training. Runs that are not at their end are left out."
+    "Small: a run. Large: the mean of a name. Bars: its 95 % intervals over the seeds, without a cap where they go on "
+    "past the plot. Hollow: before training. Runs that are not at their end are left out."
 )
 INVALID = "Small: the share of answers that are none of the task's options, from 0.005 on."
 NO_GENERAL = "No run has logged general/loss: add GeneralAbilityCallback to its trainer."

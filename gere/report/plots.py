@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import html
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from gere.metrics import interval
 from gere.report.figures import LOSS, MISSING, Group, ability, figures, untouched
 from gere.report.run import GENERAL, Run
 from gere.report.svg import Line, Point, line_plot, point_plot
@@ -64,7 +64,7 @@ def _loss(values: Mapping[str, float]) -> float:
 def _points(
     held: Group, measure: Callable[[Mapping[str, float]], float], labels: Mapping[str, str], colour: int
 ) -> list[Point]:
-    """Runs of a group, their mean, and what their models were before; none where a run has no such value."""
+    """Runs of a group, their mean with its intervals, and what their models were before; none if a run lacks them."""
     after = [(measure(run.general_now), figures(run)["AP"]) for run in held.runs]
     if not after or not all(map(_drawable, after)):
         return []
@@ -73,8 +73,8 @@ def _points(
     if len(after) > 1:
         names = [labels[str(run.folder)] for run in held.runs]
         points += [Point(name, colour, *at, "run") for name, at in zip(names, after, strict=True)]
-    x, y = (statistics.fmean(values) for values in zip(*after, strict=True))
-    return [*points, Point(f"{held.name}, mean of {len(after)}", colour, x, y, "mean")]
+    x, y = (interval(values) for values in zip(*after, strict=True))
+    return [*points, Point(f"{held.name}, mean of {len(after)}", colour, x.mean, y.mean, "mean", (x.half, y.half))]
 
 
 def _drawable(point: tuple[float, float]) -> bool:

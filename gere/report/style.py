@@ -28,6 +28,7 @@ svg{display:block;width:100%;height:auto}
 svg text{fill:var(--faint);font-size:12px}
 .grid,.mark,.axis{fill:none;stroke:var(--rule)}.axis{stroke:var(--faint)}.mark{stroke-dasharray:2 4}
 .line{fill:none;stroke:var(--c);stroke-width:1.6;stroke-linejoin:round}.dot,.mean,.run{fill:var(--c)}
+.bar{fill:none;stroke:var(--c);stroke-width:1.4}
 .dashed .line{stroke-dasharray:6 3}
 .run{opacity:.5}.mean{stroke:var(--back)}.before{fill:none;stroke:var(--c);stroke-width:1.6}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;padding:0;list-style:none;font-size:.9rem}

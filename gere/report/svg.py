@@ -39,6 +39,7 @@ class Point(NamedTuple):
         x: Place across, finite.
         y: Place up, finite.
         kind: `run` (small), `mean` (large) or `before` (hollow).
+        half: Half the length of its bar across, and of that up; NaN for none.
     """
 
     label: str
@@ -46,6 +47,7 @@ class Point(NamedTuple):
     x: float
     y: float
     kind: str
+    half: tuple[float, float] = (math.nan, math.nan)
 
 
 def line_plot(title: str, x_name: str, y_name: str, lines: Sequence[Line], marks: Sequence[float] = ()) -> str:
@@ -70,7 +72,9 @@ def line_plot(title: str, x_name: str, y_name: str, lines: Sequence[Line], marks
 
 
 def point_plot(title: str, x_name: str, y_name: str, points: Sequence[Point]) -> str:
-    """Points over two axes; means are drawn last, and so are on top.
+    """Points over two axes; bars are drawn first and means last, which so are on top.
+
+    The points keep a third of the plot at least. A bar that is longer is cut at the edge and has no cap there.
 
     Args:
         title: Read out in place of the picture.
@@ -78,13 +82,42 @@ def point_plot(title: str, x_name: str, y_name: str, points: Sequence[Point]) ->
         y_name: What lies up, with its unit.
         points: At least one.
     """
-    x, y = axis_of([point.x for point in points]), axis_of([point.y for point in points])
-    parts = []
+    x = axis_of(reach([point.x for point in points], [point.half[0] for point in points]))
+    y = axis_of(reach([point.y for point in points], [point.half[1] for point in points]))
+    parts = [bar for point in points for bar in _bars(point, x, y)]
     for point in sorted(points, key=lambda point: point.kind == "mean"):
         name, radius = _class(point.group), 6 if point.kind == "mean" else 4
         place = f'cx="{_x(x, point.x)}" cy="{_y(y, point.y)}" r="{radius}"'
         parts.append(f'<circle class="{name} {point.kind}" {place}>{_title(point.label)}</circle>')
     return _frame(title, x_name, y_name, x, y, parts)
+
+
+def reach(values: Sequence[float], halves: Sequence[float]) -> list[float]:
+    """Values and the ends of their bars, as far as these lie no farther beyond all values than those lie apart.
+
+    Args:
+        values: Finite numbers, at least one.
+        halves: Half the length of the bar of each, NaN for none.
+    """
+    low, high = min(values), max(values)
+    room = high - low or math.inf
+    ends = [value + way * half for value, half in zip(values, halves, strict=True) for way in (-1, 1)]
+    return [*values, *(min(max(end, low - room), high + room) for end in ends if math.isfinite(end))]
+
+
+def _bars(point: Point, x: Axis, y: Axis) -> Iterator[str]:
+    """A bar across and one up, each with a cap at both ends, as far as they lie in the plot."""
+    across, up = _x(x, point.x), _y(y, point.y)
+    for value, half, axis, flat in ((point.x, point.half[0], x, True), (point.y, point.half[1], y, False)):
+        if not math.isfinite(half):
+            continue
+        ends = [min(max(end, axis.low), axis.high) for end in (value - half, value + half)]
+        places = [_x(axis, end) if flat else _y(axis, end) for end in ends]
+        path = f"M{places[0]} {up}H{places[1]}" if flat else f"M{across} {places[0]}V{places[1]}"
+        for end, place in zip(ends, places, strict=True):
+            cap = f"M{place} {up}m0 -4v8" if flat else f"M{across} {place}m-4 0h8"
+            path += cap if axis.low < end < axis.high else ""
+        yield f'<path class="{_class(point.group)} bar" d="{path}"/>'
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -100,3 +100,15 @@ def test_import_is_light():
     script = "import sys, gere; print(*sorted({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_the_trainer_brings_nothing_else_along():
+    """What transformers' Trainer has loaded already is all that importing `GeReTrainer` may need."""
+    script = (
+        "import sys\nfrom transformers import Seq2SeqTrainer\nbefore = set(sys.modules)\n"
+        "from gere import GeReTrainer\n"
+        "names = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*sorted(names - set(sys.stdlib_module_names)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["gere"]

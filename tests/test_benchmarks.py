@@ -11,7 +11,9 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
+from benchmarks import start, timing
 from benchmarks.curves import area, best_accuracy, points_of, summary, table
+from gere.cache import Anchor
 
 BASE = {"general_loss": 1.0, "accuracy": 0.1, "task_loss": 5.0}
 
@@ -59,3 +61,42 @@ def test_a_comparison_from_the_command_line(tmp_path):
     assert "| l2 auto |" in done.stdout and done.stdout.endswith((tmp_path / "table.md").read_text())
     again = subprocess.run([*command, "--batch-size", "8"], capture_output=True, text=True, timeout=250, cwd=ROOT)
     assert again.returncode == 1 and "another --out" in again.stderr
+
+
+def test_spread_and_turns_by_hand():
+    assert timing.spread([3.0, 1.0, 2.0, 9.0]) == (2.5, 1.0, 9.0)
+    assert timing.ratios([2.0, 3.0, 8.0], [1.0, 3.0, 2.0]).show(1) == "2.0 (1.0 to 4.0)"
+    calls = []
+
+    def side(name):
+        return lambda: calls.append(name) or float(len(calls))
+
+    assert timing.interleaved([side("a"), side("b")], 2) == [[3.0, 6.0], [4.0, 5.0]]
+    assert "".join(calls) == "ba" + "ab" + "ba", "a slow moment must not always meet the same side"
+
+
+def test_an_anchor_of_random_codes_is_read_as_one(tmp_path):
+    start.make_anchor(tmp_path, rows=7, length=5, dim=10)
+    anchor = Anchor(tmp_path)
+    assert anchor.rows == 7 and {anchor.targets(row)["codes"].shape for row in range(7)} == {(5, 3)}
+    assert start.run("print([1, 2.5])") == [1, 2.5]
+
+
+def test_the_start_is_measured():
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.start",
+        "--rows",
+        "12",
+        "--length",
+        "5",
+        "--dim",
+        "10",
+        "--repeats",
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for line in ("| `import gere` |", "| open and verify beyond hashing, CPU s |", "| batch of 4 replay rows, ms |"):
+        assert line in done.stdout

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gere.cache import (
@@ -270,6 +271,17 @@ def test_an_anchor_can_be_sent_to_a_worker(anchor):
     stored.targets(0)
     copy = pickle.loads(pickle.dumps(stored))
     assert torch.equal(copy.targets(3)["codes"], stored.targets(3)["codes"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs a system that lists the maps of a process")
+def test_no_map_of_a_shard_stays(anchor):
+    """Pages of a map that stays are counted as memory of the process, up to the whole anchor."""
+    stored, rows = anchor
+    for row in range(len(rows)):
+        stored.targets(row)
+    assert "regions-00000" not in Path("/proc/self/maps").read_text()
+    with safe_open(stored.folder / "regions-00000.safetensors", framework="pt"):
+        assert "regions-00000" in Path("/proc/self/maps").read_text(), "or the test sees nothing"
 
 
 def test_nothing_is_evaluated_twice_after_a_kill(tmp_path):

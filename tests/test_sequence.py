@@ -35,7 +35,7 @@ from gere.continual.folder import RunFolder
 from gere.continual.matrix import read_matrix
 from gere.continual.settings import settings_of
 from gere.continual.tasks import TaskRow, encode, prompt_ids
-from gere.continual.trainers import gere_trainer, load_model, plain_trainer, training_arguments
+from gere.continual.trainers import gere_trainer, load_model, order_seed, plain_trainer, training_arguments
 from gere.errors import ConfigError
 from gere.report import make_report
 
@@ -371,6 +371,28 @@ def test_every_task_has_the_anchor_of_the_base(settings, folder, lora):
     named = json.loads((Path(given.out) / "task-02-two" / "model" / "gere_anchor.json").read_text())
     assert named["anchor"] == keys[0]
     assert [path.name for path in (Path(given.out) / "gere_saving").glob("anchor-*")] == [f"anchor-{keys[0]}"]
+
+
+def test_each_task_replays_other_rows(settings, folder):
+    """One order for all tasks would replay the same first rows in each, which the model would learn by heart."""
+    replayed = []
+
+    def make(model, tokenizer, train_rows, args, **extra):
+        trainer = gere_trainer(model, tokenizer, train_rows, args, **extra)
+        compute = trainer.compute_loss
+
+        def watch(model, inputs, *given, **named):
+            replayed[-1].append(inputs["gere_replay"]["input_ids"].tolist())
+            return compute(model, inputs, *given, **named)
+
+        trainer.compute_loss = watch
+        replayed.append([])
+        return trainer
+
+    run(settings(trainer="gere", gere=replay(folder), dev_rows=1), make_trainer=make)
+    first, second = replayed
+    assert len(first) == len(second) == 4 and first != second
+    assert order_seed(3, 0) == order_seed(3, 0) != order_seed(2, 1)
 
 
 # Kills

@@ -132,31 +132,25 @@ class Anchor:
         return int(self._index["tokens"][row])
 
     def targets(self, row: int) -> dict[str, Tensor]:
-        """Targets of a row, tensors of shape [tokens, *] by name, read from the memory-mapped shard."""
+        """Targets of a row, tensors of shape [tokens, *] by name, read from the memory-mapped shard.
+
+        The shard is mapped for this row alone: maps that stay would count every page that was ever read as memory of
+        the process.
+        """
         if not self.dim:
             return {}
         start = int(self._index["start"][row])
-        shard = self._shard(int(self._index["shard"][row]))
-        return {name: shard.get_slice(name)[start : start + self.tokens(row)] for name in shard.keys()}  # noqa: SIM118
+        stop = start + self.tokens(row)
+        with safe_open(self._shards[int(self._index["shard"][row])], framework="pt") as shard:
+            return {name: shard.get_slice(name)[start:stop].clone() for name in shard.keys()}  # noqa: SIM118
 
     @cached_property
     def _index(self) -> dict[str, Tensor]:
         return load_file(self.folder / ROWS)
 
     @cached_property
-    def _shard_names(self) -> list[str]:
-        return [name for name in self._files if name not in (ROWS, *CONSTANTS)]
-
-    def _shard(self, number: int) -> Any:
-        shards = self.__dict__.setdefault("_shards", {})
-        if number not in shards:
-            name = self._shard_names[number]
-            shards[number] = safe_open(self.folder / name, framework="pt")
-        return shards[number]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the memory maps behind: a data loader worker opens its own."""
-        return {name: value for name, value in self.__dict__.items() if name != "_shards"}
+    def _shards(self) -> list[Path]:
+        return [self.folder / name for name in self._files if name not in (ROWS, *CONSTANTS)]
 
 
 def verify_files(folder: Path, files: Mapping[str, str]) -> None:

@@ -141,7 +141,7 @@ class _Sequence:
     def _train(self, index: int) -> None:
         """Train a task from its last checkpoint, or from the model before it, and keep the result."""
         folder = self._folder.task(index)
-        args = training_arguments(self._settings, folder)
+        args = training_arguments(self._settings, folder, index)
         set_seed(self._settings.seed)
         model = load_model(self._settings, self._folder.model(index - 1))
         most = self._settings.max_length

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from gere.arguments import kwargs_of_section
@@ -82,12 +83,16 @@ def factory_settings(settings: SequenceSettings, out: Path) -> dict[str, Any]:
     return {"gere_hidden_state_saving_dir": str(out / "gere_saving"), **replay, **settings.settings}
 
 
-def training_arguments(settings: SequenceSettings, folder: Path) -> TrainingArguments:
+def training_arguments(settings: SequenceSettings, folder: Path, task: int = 0) -> TrainingArguments:
     """Arguments of the training of one task.
+
+    Each task has an order of rows of its own: with one order for all, every task would replay the same first rows of
+    the replay set, and the model would learn these by heart.
 
     Args:
         settings: Settings of the sequence.
         folder: Where its checkpoints go.
+        task: Index of the task.
 
     Raises:
         ConfigError: If a name is unknown or belongs to the sequence, or a value cannot be used.
@@ -100,8 +105,10 @@ def training_arguments(settings: SequenceSettings, folder: Path) -> TrainingArgu
     require(not taken, "training", "out and seed beside it, and checkpoints to resume from", ", ".join(taken))
     given = {name: _as_number(name, value) for name, value in settings.training.items()}
     saves = {"save_strategy": "steps" if "save_steps" in given else "no"}
+    base = given.get("data_seed")
+    seeds = {"seed": settings.seed, "data_seed": order_seed(settings.seed if base is None else base, task)}
     try:
-        args = TrainingArguments(output_dir=str(folder), **{**DEFAULTS, **saves, **given, "seed": settings.seed})
+        args = TrainingArguments(output_dir=str(folder), **{**DEFAULTS, **saves, **given, **seeds})
     except (TypeError, ValueError) as error:
         raise ConfigError(
             "TrainingArguments does not accept the training settings.",
@@ -118,6 +125,11 @@ def training_arguments(settings: SequenceSettings, folder: Path) -> TrainingArgu
             fix="Start `gere sequence` without a launcher, with CUDA_VISIBLE_DEVICES=0; other seeds on other GPUs.",
         )
     return args
+
+
+def order_seed(seed: int, task: int) -> int:
+    """Seed of the order of rows in a task, 32 bits; no two tasks or seeds have orders that are related."""
+    return int(np.random.SeedSequence([seed, task]).generate_state(1)[0])
 
 
 def _as_number(name: str, value: Any) -> Any:

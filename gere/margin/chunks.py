@@ -24,12 +24,9 @@ GATHER = (1 << 24) + (1 << 18) + (1 << 12) + (1 << 6)
 
 def sums(own: Operands, keep: bool, chunk: int | None = None) -> Outcome:
     """Sums of each row, and the packed signs if `keep`; `chunk` elements are held in float32 at one time."""
-    b, t, d = own.state.shape
-    width = own.codes.shape[-1]
     scratch = _Scratch(own, chunk)
-    margin = torch.empty(b, t)
-    count = torch.empty(b, t)
-    signs = torch.empty(b, t, width, dtype=torch.uint8) if keep else None
+    margin, count = torch.empty(own.mask.shape), torch.empty(own.mask.shape)
+    signs = torch.empty(own.codes.shape, dtype=torch.uint8) if keep else None
     for rows, tokens in scratch.parts():
         excess, outside = scratch.excess(own, rows, tokens)
         torch.sum(outside, -1, out=count[rows, tokens])

@@ -70,10 +70,3 @@ def sign_table(device: torch.device) -> Tensor:
     byte = torch.arange(256, device=device).unsqueeze(1)
     code = (byte >> torch.arange(0, 2 * PER_BYTE, 2, device=device)) & 3
     return ((code & 1) * (1 - (code & 2))).to(torch.int8)
-
-
-def plain_expand(signs: Tensor, grad_total: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Gradient of the state, [b, t, d], by plain operations that have a gradient of their own."""
-    sign = sign_table(signs.device)[signs.long()].flatten(-2)[..., :dim]
-    grad = grad_total[:, None, None]
-    return torch.where(sign > 0, grad, torch.where(sign < 0, -grad, 0.0)).to(dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 from gere.cache.codec import unpack
 from gere.losses import MarginSums, margin_sums
 from gere.margin import chunks
-from gere.margin.operands import Operands, Outcome, plain_expand, refuse_misfits
+from gere.margin import plain as by_plain
+from gere.margin.operands import Operands, Outcome, refuse_misfits
 from gere.margin.trust import kernels_on
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,9 +79,10 @@ def fused_margin_sums(
     own = _operands(state, codes, lower, upper, mask, tolerance)
     elements = own.mask.sum(dim=1) * state.shape[-1]
     if torch.is_grad_enabled() and state.requires_grad:
-        return MarginSums(*_Margin.apply(state, own._replace(state=state.detach()), backend), elements)
-    with torch.no_grad():
-        total, violated, _ = backend.sums(own, False)
+        total, violated = _Margin.apply(state, own._replace(state=state.detach()), backend)
+    else:
+        with torch.no_grad():
+            total, violated, _ = backend.sums(own, False)
     return MarginSums(total, violated, elements)
 
 
@@ -111,7 +112,7 @@ class _Margin(torch.autograd.Function):
     """Total and violated elements; keeps the signs of the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, state: Tensor, own: Operands, backend: ModuleType) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, state: Tensor, own: Operands, backend: Any) -> tuple[Tensor, Tensor]:
         done: Outcome = backend.sums(own, True)
         ctx.save_for_backward(done.signs)
         ctx.backend, ctx.dim, ctx.dtype = backend, state.shape[-1], state.dtype
@@ -122,5 +123,5 @@ class _Margin(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (signs,) = ctx.saved_tensors
         # With grad mode on, the gradient is itself to be differentiated.
-        expand = plain_expand if torch.is_grad_enabled() else ctx.backend.expand
-        return expand(signs, grads[0], ctx.dim, ctx.dtype), None, None
+        backend = by_plain if torch.is_grad_enabled() else ctx.backend
+        return backend.expand(signs, grads[0], ctx.dim, ctx.dtype), None, None

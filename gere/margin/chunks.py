@@ -113,8 +113,8 @@ class _Scratch:
         lines = excess.shape[:2]
         whole = self._bytes[: mask.numel() * self._width * PER_BYTE]
         whole.view(*lines, -1)[..., : excess.shape[-1]].copy_(sign)
-        four = whole.bitwise_and_(3).view(torch.int32).mul_(GATHER)
-        four = torch.bitwise_right_shift(four, 24, out=self._index[: len(four)])
+        four = whole.bitwise_and_(3).view(torch.int32)  # what is beyond the last element stays 0
+        four = torch.mul(four, GATHER, out=self._index[: len(four)]).bitwise_right_shift_(24)
         return four.view(*lines, -1).mul_(mask.unsqueeze(-1).int())
 
 

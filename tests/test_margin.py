@@ -279,9 +279,7 @@ def test_the_distance_of_one_and_of_several_layers(layers):
 
 def kernels_that(**changes):
     """Stands in for the kernels."""
-    return SimpleNamespace(sums=chunks.sums, expand=chunks.expand, **{}) if not changes else SimpleNamespace(
-        **{"sums": chunks.sums, "expand": chunks.expand, **changes}
-    )  # fmt: skip
+    return SimpleNamespace(**{"sums": chunks.sums, "expand": chunks.expand, **changes})
 
 
 def fails(*arguments):

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gere.cache import Anchor, Bands, regions, unpack
+from gere.cache import Anchor, Bands, regions
 from gere.config import GeReConfig
 from gere.losses import (
     MarginSums,
@@ -21,6 +21,7 @@ from gere.losses import (
     normalize_margin,
     top_k_kl,
 )
+from gere.margin import fused_margin_sums
 
 # Rounding in 16 bits moves single elements over their bands by more than the tolerance that was measured. A row with
 # so few violations has not drifted: training violates hundreds of times as many.
@@ -92,14 +93,18 @@ class MarginDistance(_Constants):
         constants: Bands.
         normalization: What the margin of a row is divided by.
         noise_share: Share of violations up to which a row has not drifted.
+        plain: Use the plain loss for stored regions, too, to look for faults.
     """
 
-    def __init__(self, constants: Mapping[str, Tensor], normalization: Normalization, noise_share: float) -> None:
+    def __init__(
+        self, constants: Mapping[str, Tensor], normalization: Normalization, noise_share: float, plain: bool = False
+    ) -> None:
         super().__init__(constants)
         self.name = f"tm over {normalization}"
         self.order = 1 if normalization == "violations" else 2
         self._normalization = normalization
         self._noise_share = noise_share
+        self._plain = plain
 
     def __call__(self, seen: Seen, targets: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Margin of each row; counts of violated elements and of all."""
@@ -110,7 +115,7 @@ class MarginDistance(_Constants):
         for layer in layers:
             own = Bands(*(band[layer] for band in bands)) if several else bands
             base = {name: values[:, :, layer] if several else values for name, values in targets.items()}
-            margins.append(self._margin(seen.states[layer], _region(base, own), own, seen.mask))
+            margins.append(self._margin(seen.states[layer], base, own, seen.mask))
         distance = sum((part for part, _ in margins[1:]), margins[0][0])
         violated = sum((sums.violated for _, sums in margins[1:]), margins[0][1].violated)
         elements = sum((sums.elements for _, sums in margins[1:]), margins[0][1].elements)
@@ -118,17 +123,19 @@ class MarginDistance(_Constants):
             distance = distance / len(margins)
         return distance, {"violated": violated, "elements": elements}
 
-    def _margin(self, state: Tensor, region: Tensor, bands: Bands, mask: Tensor) -> tuple[Tensor, MarginSums]:
-        sums = margin_sums(state, region, bands.lower, bands.upper, mask, bands.tolerance)
+    def _margin(
+        self, state: Tensor, base: Mapping[str, Tensor], bands: Bands, mask: Tensor
+    ) -> tuple[Tensor, MarginSums]:
+        sums = self._sums(state, base, bands, mask)
         drifted = sums.violated > self._noise_share * sums.elements
         return torch.where(drifted, normalize_margin(sums, self._normalization), 0.0), sums
 
-
-def _region(base: Mapping[str, Tensor], bands: Bands) -> Tensor:
-    """Region of the base model, stored or from its live state."""
-    if "state" in base:
-        return regions(base["state"], bands.lower, bands.upper)
-    return unpack(base["codes"], len(bands.lower))
+    def _sums(self, state: Tensor, base: Mapping[str, Tensor], bands: Bands, mask: Tensor) -> MarginSums:
+        """Sums to the stored regions, or to those of the base model's live state."""
+        lower, upper, tolerance = bands
+        if "state" in base:
+            return margin_sums(state, regions(base["state"], lower, upper), lower, upper, mask, tolerance)
+        return fused_margin_sums(state, base["codes"], lower, upper, mask, tolerance, plain=self._plain)
 
 
 class StateDistance(_Constants):

@@ -17,7 +17,7 @@ RANKS = {
     **dict.fromkeys(["config", "losses", "sampler", "meters", "metrics", "states", "ranks", "sharded", "weights"], 1),
     **dict.fromkeys(["_compat"], 2),
     **dict.fromkeys(["arguments", "cache", "report"], 2),
-    **dict.fromkeys(["replay", "collator", "weight_file"], 3),
+    **dict.fromkeys(["replay", "collator", "margin", "weight_file"], 3),
     **dict.fromkeys(["base_model", "checks", "distances", "evaluation", "writing"], 4),
     **dict.fromkeys(["anchoring", "objective", "ability"], 5),
     **dict.fromkeys(["run", "callbacks", "named"], 6),

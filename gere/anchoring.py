@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +40,8 @@ from gere.states import depth_of, is_adapted
 
 ANCHOR_FILE = "gere_anchor.json"
 LIVE = "live"
+# A CPU is at its peak with so few tokens, and more in a forward pass only bring padding, masks and memory.
+CPU_BATCH_TOKENS = 512
 
 
 class ReadyModel(NamedTuple):
@@ -104,10 +106,24 @@ def find_anchor(wish: AnchorWish, model: ReadyModel, replay: ReplaySet, *, resum
 
     def build(folder: Path, leads: bool) -> None:
         base = base_model(wish.config, model, replay)
-        plan = BuildPlan(fields, replay.rows, target_of(wish.config, model.inner), wish.config.anchor_batch_tokens)
+        plan = build_plan(wish.config, model, replay, fields)
         build_anchor(folder, plan, base, ranks=model.ranks, leads=leads, progress=progress)
 
     return open_or_build(wish.folder, fields, build, reuse=wish.reuse, ranks=model.ranks)
+
+
+def build_plan(config: GeReConfig, model: ReadyModel, replay: ReplaySet, fields: Mapping[str, str]) -> BuildPlan:
+    """What is built, in forward passes as long as they are worth on the device of the model.
+
+    Args:
+        config: All settings.
+        model: The model as the trainer prepared it.
+        replay: The replay set.
+        fields: What the anchor depends on.
+    """
+    most = config.anchor_batch_tokens
+    worth = min(most, CPU_BATCH_TOKENS) if model.device.type == "cpu" else most
+    return BuildPlan(fields, replay.rows, target_of(config, model.inner), most, worth)
 
 
 def base_model(config: GeReConfig, model: ReadyModel, replay: ReplaySet) -> BaseModel:

@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gere import _compat
 from gere.cache import Distilled, Target
 from gere.collator import pad_rows
 from gere.errors import UnsupportedModelError
-from gere.losses import next_token_ce
+from gere.losses import next_token_ce, token_ce
 from gere.states import StateReader, adapters_disabled
 
 TOLERATED_HOOK_DIFFERENCE = 1e-6
+# Tokens whose logits are there at one time: on a CPU few enough for memory that is used again and not mapped anew.
+HEAD_TOKENS, HEAD_TOKENS_OF_OTHERS = {"cpu": 128}, 1024
 
 
 class BaseModel:
@@ -58,14 +61,13 @@ class BaseModel:
         lengths = [len(row) for row in rows]
         with _compat.uncompiled(), self._as_base(), self._reader.reading() as reader:
             if not self._checked:
-                self._check(reader, ids[:1], mask[:1])
+                self._check(reader, ids[:1, : lengths[0]], mask[:1, : lengths[0]])
             if self._head is None:
                 logits = self._model(**batch, use_cache=False).logits
                 kept = [self._keep(row, n, logits[row, :n]) for row, n in enumerate(lengths)]
                 return Distilled(next_token_ce(logits, ids, mask), kept)
             self._model(**batch, use_cache=False, logits_to_keep=1)
-            both = [self._by_head(self._head, row, ids[row, :n]) for row, n in enumerate(lengths)]
-        return Distilled(torch.cat([ce for ce, _ in both]), [kept for _, kept in both])
+            return self._by_head(self._head, ids, lengths)
 
     def targets(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """What is kept of a padded batch, tensors of shape [b, t, *], to be taken in training."""
@@ -82,12 +84,25 @@ class BaseModel:
     def _keep(self, row: int, length: int, logits: Tensor | None) -> dict[str, Tensor]:
         return self._target.keep([state[row, :length] for state in self._reader.states], logits)
 
-    def _by_head(self, head: nn.Module, row: int, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of a row with the logits of its real tokens alone, and what is kept of it."""
-        used = len(ids) if self._target.wants_logits else len(ids) - 1  # the last token predicts nothing
-        logits = head(self._reader.state[row, None, :used])
-        ce = next_token_ce(logits, ids[None], torch.ones_like(ids[None]))
-        return ce, self._keep(row, len(ids), logits[0])
+    def _by_head(self, head: nn.Module, ids: Tensor, lengths: Sequence[int]) -> Distilled:
+        """What is kept of rows, and their cross-entropies, with the logits of a chunk of real tokens at a time."""
+        used = [n if self._target.wants_logits else n - 1 for n in lengths]  # the last token predicts nothing
+        states = torch.cat([self._reader.state[row, :n] for row, n in enumerate(used)])
+        following = [F.pad(ids[row, 1:n], (0, 1), value=-100) for row, n in enumerate(lengths)]
+        targets = torch.cat([row[:n] for row, n in zip(following, used, strict=True)])
+        losses: list[Tensor] = []
+        kept: list[dict[str, Tensor]] = []
+        chunk = HEAD_TOKENS.get(self._device.type, HEAD_TOKENS_OF_OTHERS)
+        for state, target in zip(states.split(chunk), targets.split(chunk), strict=True):
+            logits = head(state[None])[0]
+            losses.append(token_ce(logits, target))
+            kept += [self._target.keep([], logits)] if self._target.wants_logits else []
+        sums = torch.stack([row.sum() for row in torch.cat(losses).split(used)])
+        ce = sums / torch.tensor([n - 1 for n in lengths], device=sums.device).clamp(min=1)
+        if not kept:
+            return Distilled(ce, [self._keep(row, n, None) for row, n in enumerate(lengths)])
+        whole = {name: torch.cat([part[name] for part in kept]).split(used) for name in kept[0]}
+        return Distilled(ce, [{name: rows[row] for name, rows in whole.items()} for row in range(len(lengths))])
 
     def _as_base(self) -> ExitStack:
         stack = ExitStack()

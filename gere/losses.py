@@ -153,8 +153,12 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _ce_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    losses = F.cross_entropy(_wide(logits).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
-    return losses.view(targets.shape).sum(dim=1)
+    return token_ce(logits.flatten(0, 1), targets.flatten()).view(targets.shape).sum(dim=1)
+
+
+def token_ce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each token, shape [n], from logits [n, v] and targets [n]; 0 where a target is -100."""
+    return F.cross_entropy(_wide(logits), targets, ignore_index=-100, reduction="none")
 
 
 def l1_distance(state: Tensor, target: Tensor, mask: Tensor, tolerance: Tensor | float = 0.0) -> Tensor:

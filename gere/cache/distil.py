@@ -20,6 +20,8 @@ from gere.ranks import Ranks
 
 NOISE_ROWS = 8
 
+Kept = dict[str, Tensor]
+
 
 class Noise(NamedTuple):
     """How much of a token is kept, and how far rounding alone changes it.
@@ -37,7 +39,7 @@ def measure_noise(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) 
     """Largest change of what is kept when rows are evaluated alone and in a padded batch.
 
     The kernels round differently for other shapes; an element on the edge of its region would then seem violated on
-    the untouched model. The first process decides for all.
+    the untouched model. The first process evaluates the batch and the last one the rows alone, for all.
 
     Args:
         partial: Folder of the unfinished anchor, where the result is kept.
@@ -59,14 +61,18 @@ def measure_noise(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) 
     if stored is not None:
         return Noise(stored["noise"], int(stored["width"]))
 
-    def measure() -> tuple[Tensor, int, int]:
-        padded = [_on_cpu(kept) for kept in distil([*rows, longest]).kept[:-1]]
-        alone = [_on_cpu(distil([row]).kept[0]) for row in rows]
-        change = [plan.target.change(*pair) for pair in zip(alone, padded, strict=True)]
-        shapes = [(values[0].numel(), values.element_size()) for values in alone[0].values()]
-        return torch.cat(change).amax(dim=0), sum(n for n, _ in shapes), sum(n * size for n, size in shapes)
+    def evaluate() -> tuple[list[Kept] | None, list[Kept] | None]:
+        first, last = ranks.index == 0, ranks.index == ranks.count - 1
+        padded = [_apart(kept) for kept in distil([*rows, longest]).kept[:-1]] if first or ranks.lockstep else None
+        alone = [_apart(distil([row]).kept[0]) for row in rows] if last or ranks.lockstep else None
+        return padded if first else None, alone if last else None
 
-    noise, width, size = ranks.gather(measure() if ranks.lockstep else ranks.together(measure))[0]
+    found = ranks.gather(evaluate()) if ranks.lockstep else ranks.ask(evaluate)
+    padded, alone = found[0][0] or [], found[-1][1] or []
+    change = [plan.target.change(*pair) for pair in zip(alone, padded, strict=True)]
+    noise = torch.cat(change).amax(dim=0)
+    shapes = [(values[0].numel(), values.element_size()) for values in alone[0].values()]
+    width, size = sum(n for n, _ in shapes), sum(n * size for n, size in shapes)
     need = sum(map(len, plan.rows)) * _bytes_needed(plan, width, size)
     ranks.together(lambda: require_space(partial, int(need)))
     content = {"noise": noise, "width": torch.tensor(width)}
@@ -81,8 +87,13 @@ def _bytes_needed(plan: BuildPlan, width: int, size: int) -> float:
     return (size if target.wants_parts else 0) + (shard if target.kind else 0)
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _on_cpu(tensors: Mapping[str, Tensor]) -> Kept:
     return {name: values.cpu() for name, values in tensors.items()}
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> Kept:
+    """Copies in main memory: a row that is sent would take the whole batch, which it is a view of, along."""
+    return {name: values.cpu().clone() for name, values in tensors.items()}
 
 
 class Part:
@@ -101,7 +112,7 @@ class Part:
         self.tokens = sum(len(plan.rows[row]) for batch in batches for row in batch)
         self.path = partial / f"part-{number:05d}.safetensors"
         self._ce: list[Tensor] = []
-        self._kept: list[dict[str, Tensor]] = []
+        self._kept: list[Kept] = []
         self.tag = sha256(repr([[plan.rows[row] for row in batch] for batch in batches]).encode())
 
     def is_stored(self) -> bool:

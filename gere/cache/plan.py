@@ -32,13 +32,15 @@ class BuildPlan(NamedTuple):
         fields: What the anchor depends on.
         rows: Token ids of the replay rows.
         target: What is kept.
-        batch_tokens: Padded tokens of one forward pass.
+        batch_tokens: Padded tokens that one forward pass may have.
+        worth_tokens: Padded tokens from which on a longer forward pass is no faster; `None` for `batch_tokens`.
     """
 
     fields: Mapping[str, str]
     rows: Sequence[Sequence[int]]
     target: Target
     batch_tokens: int
+    worth_tokens: int | None = None
 
 
 Distil = Callable[[Sequence[Sequence[int]]], Distilled]
@@ -72,7 +74,7 @@ def parts_of(plan: BuildPlan, width: int) -> Iterator[list[list[int]]]:
     budget = min(PART_BYTES // (4 * max(1, width)), sum(map(len, plan.rows)) // LEAST_PARTS)
     part: list[list[int]] = []
     tokens = 0
-    for batch in batches_by_length(plan.rows, plan.batch_tokens):
+    for batch in batches_by_length(plan.rows, plan.worth_tokens or plan.batch_tokens):
         size = sum(len(plan.rows[row]) for row in batch)
         if part and tokens + size > budget:
             yield part

@@ -88,7 +88,9 @@ def _arguments(options: argparse.Namespace, group: bool, folder: str) -> Trainin
     if not group:
         return TrainingArguments(**settings)
     new = "train_sampling_strategy" in TrainingArguments.__dataclass_fields__
-    return TrainingArguments(**settings, **({"train_sampling_strategy": "group_by_length"} if new else {"group_by_length": True}))
+    return TrainingArguments(
+        **settings, **({"train_sampling_strategy": "group_by_length"} if new else {"group_by_length": True})
+    )
 
 
 def task_rows(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ class Pair:
         )
         collator = DataCollatorForSeq2Seq(self.tokenizer)
         shared = {"model": self._model(), "args": args, "data_collator": collator, "processing_class": self.tokenizer}
-        if side == OURS:
+        if side == OURS and not options.null:
             return _Ours(
                 **shared,
                 train_dataset=self.task,
@@ -100,6 +100,7 @@ class Pair:
             replay_per_batch=options.replay_per_batch,
             seed=seed,
             micro_batch_size=options.micro_batch_size,
+            replay_lengths=[options.length] * len(self.replay),
         )
 
     def _model(self) -> PreTrainedModel:

@@ -47,6 +47,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--parts", type=int, default=4, help="further steps on a GPU, slower, for the table of where time goes")
     add("--bf16", action="store_true", help="the whole model in bfloat16")
     add("--cpu", action="store_true", help="use the CPU")
+    add("--null", action="store_true", help="plain Trainer on both sides: what the measurement itself shows")
     add("--no-memory", action="store_true", help="measure time alone")
     add("--no-time", action="store_true", help="measure memory alone")
     add("--folder", type=Path, help=argparse.SUPPRESS)
@@ -63,7 +64,7 @@ def time_both(options: argparse.Namespace) -> list[str]:
     last = first + options.steps
     turns = Turns(SIDES)
     clocks = [Clock(side, turns, options.cuda, parts_from=last) for side in SIDES]
-    pair = Pair(options, last + extra)
+    pair = Pair(options, last + extra + 1)  # the last step ends with the training, and is not counted
     trainers = [pair.trainer(side) for side in SIDES]
     for trainer, clock in zip(trainers, clocks, strict=True):
         trainer.watch(clock)
@@ -131,7 +132,7 @@ def memory_of_both(options: argparse.Namespace, words: list[str]) -> list[str]:
 def measure_alone(words: list[str], side: str) -> int:
     """Peak bytes of one side in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.step", *words, "--side", side]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)  # noqa: S603
     if done.returncode:
         raise SystemExit(done.stderr)
     return int(json.loads(done.stdout.splitlines()[-1])["peak"])

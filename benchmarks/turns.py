@@ -1,4 +1,4 @@
-"""Two trainings that take turns, a step each, so that what else the machine does falls on both; and where time goes."""
+"""Two trainings that take turns, a step each, so that other work of the machine falls on both; where the time goes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def together(jobs: dict[str, Callable[[], Any]], turns: Turns) -> None:
 class Clock:
     """Seconds of each step and of its parts, and the tokens that the model was given.
 
-    The parts on a CPU, and `work`, are counted in seconds of CPU time, which other processes of a machine do not add to.
+    The parts on a CPU, and `work`, are seconds of CPU time, to which other processes of the machine do not add.
 
     Args:
         name: Whose turn it is.

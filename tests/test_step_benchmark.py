@@ -15,7 +15,8 @@ from benchmarks.turns import DATA, FORWARD, LOSS, OTHER, Clock, Turns, together
 
 @pytest.fixture
 def options(tmp_path):
-    options = parse_arguments("--random tiny --length 16 --steps 3 --warm-up 1 --w-strategy dy --cpu".split())
+    words = ["--random", "tiny", "--length", "16", "--steps", "3", "--warm-up", "1", "--w-strategy", "dy", "--cpu"]
+    options = parse_arguments(words)
     options.folder = tmp_path
     return options
 

@@ -7,10 +7,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gere.collator import REPLAY, TASK
+from gere.collator import REPLAY, TASK, MixedCollator
 from gere.errors import ConfigError
 from gere.grouping import grouped, step_sizes
 from gere.sampler import BatchInsertionSampler, added_rows, replay_stream
@@ -124,9 +125,36 @@ def test_company_changes_from_one_permutation_to_the_next():
     rows = list(itertools.islice(replay_stream(1000, 0, 0, lengths, 4), 2000))
     steps = [frozenset(rows[start : start + 4]) for start in range(0, 2000, 4)]
     assert not set(steps[:250]) & set(steps[250:])
-    assert [lengths[list(step)].mean() for step in steps[:250]] != sorted(
-        lengths[list(step)].mean() for step in steps[:250]
+    means = [lengths[list(step)].mean() for step in steps[:50]]
+    assert sum(a < b for a, b in itertools.pairwise(means)) < 40, "short and long steps come in no order"
+
+
+def test_epochs_without_insertion_do_not_go_from_short_to_long():
+    lengths = np.arange(200)
+    sampler = BatchInsertionSampler(200, 200, batch_size=8, replay_per_batch=0, replay_lengths=lengths)
+    order = list(sampler)
+    steps = [[i - 200 for i in order[at : at + 8] if i >= 200] for at in range(0, 400, 8)]
+    means = [np.mean(rows) for rows in steps if rows]
+    assert sum(a < b for a, b in itertools.pairwise(means)) < 0.8 * len(means)
+    assert all(rows == sorted(rows) and max(rows) - min(rows) == len(rows) - 1 for rows in steps if rows)
+
+
+@given(st.integers(1, 12), st.integers(1, 3), st.integers(0, 9))
+def test_rows_of_a_step_share_a_forward_pass_by_length(rows, ranks, step):
+    """Seven rows are no multiple of anything: most steps have rows of two permutations."""
+    lengths = some_lengths(7, 1)
+    plan = added_rows(
+        7, rows, seed=0, start=step * rows, micro_steps=4, micro_batch_size=1, world_size=ranks, lengths=lengths
     )
+    found = [lengths[list(itertools.chain(*shares))] for shares in plan[::-1] if any(shares)]
+    assert all(a.max() <= b.min() for a, b in itertools.pairwise(found))
+    sampler = BatchInsertionSampler(
+        30, 7, batch_size=24, replay_per_batch=rows, micro_batch_size=2, world_size=ranks, replay_lengths=lengths
+    )
+    order = list(sampler)
+    for at in range(0, len(order), 24):
+        of_step = [lengths[i - 30] for i in order[at : at + 24] if i >= 30]
+        assert of_step == sorted(of_step)
 
 
 def test_lengths_of_another_set_are_refused():
@@ -157,3 +185,41 @@ def test_group_by_length_holds_beside_replay_rows(make_trainer, arguments, gener
         shares[grouping] = [real_share(samples, part) for part in (TASK, REPLAY)]
     assert shares[False][0] < 0.8 < 0.9 < shares[True][0]
     assert min(shares[True][1], shares[False][1]) > 0.9 - 0.1 * (replay == 0)
+
+
+def test_rows_that_are_added_have_similar_lengths_too(make_trainer, arguments, task, general):
+    texts = [" ".join(text.split()[: 2 + 3 * i]) for i, text in enumerate(general)]
+    trainer = make_trainer(
+        args=arguments(max_steps=6), train_dataset=Dataset.from_list(task).to_iterable_dataset(), replay=4,
+        config={"replay_dataset": texts},
+    )  # fmt: skip
+    samples, collect = [], trainer.get_batch_samples
+
+    def get_batch_samples(*args, **kwargs):
+        found = collect(*args, **kwargs)
+        samples.extend(found[0])
+        return found
+
+    trainer.get_batch_samples = get_batch_samples
+    trainer.train()
+    assert real_share(samples, REPLAY) > 0.9
+    replayed = [row for sample in samples if REPLAY in sample for row in sample[REPLAY]["input_ids"].tolist()]
+    assert len({str(row).replace(", 0", "") for row in replayed}) == len(texts), "six steps replay each row once"
+
+
+def test_a_short_step_leaves_the_later_ones_whole(make_trainer, arguments, task, monkeypatch):
+    """9 rows in micro-batches of 4, two a step: every second step has half of the rows."""
+    trainer = make_trainer(
+        args=arguments(max_steps=4), train_dataset=task[:9], config={"replay_mode": "add"}, replay=4
+    )
+    indices, original = [], MixedCollator.replay_batch
+    monkeypatch.setattr(
+        MixedCollator, "replay_batch", lambda self, rows: indices.append(sorted(rows)) or original(self, rows)
+    )
+    trainer.train()
+    lengths, seed = trainer._gere.replay_lengths, trainer.args.seed
+    expected = [
+        sorted(itertools.islice(replay_stream(len(lengths), seed, 4 * step, lengths, 4), 2 if step % 2 else 4))
+        for step in range(4)
+    ]
+    assert indices == expected

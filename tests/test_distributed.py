@@ -32,7 +32,7 @@ def alone(tmp_path_factory):
 
 
 def assert_same_curve(ours, theirs, steps=20, rel=1e-4):
-    """The same values; after ten steps `dy` divides by distances so small that its weight and the norm show rounding."""
+    """The same values; after ten steps the distances are small, and with them `dy` makes more of rounding."""
     assert len(ours.logs) == len(theirs.logs) == steps
     for step, (a, b) in enumerate(zip(ours.logs, theirs.logs, strict=True)):
         assert {key for key in a if key.startswith("gere/")} == {key for key in b if key.startswith("gere/")}

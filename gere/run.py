@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -82,6 +83,7 @@ class ReplayRun:
         self.meters = Meters()
         self._weight: RowWeight | None = None
         self._replay_set: ReplaySet | None = None
+        self._lengths: np.ndarray | None = None
         self._collator: MixedCollator | None = None
         self._objective: ReplayObjective | None = None
         self._reader: StateReader | None = None
@@ -113,6 +115,15 @@ class ReplayRun:
         if digest is not None:
             return anchored_texts(digest, self.config, self.folder, ranks)
         return base_texts(model, tokenizer, self.config, self.folder, reuse=self.reuse, ranks=ranks, progress=progress)
+
+    @property
+    def replay_lengths(self) -> np.ndarray:
+        """Tokens of each replay row, int64 [rows], by which the rows of a step are chosen; the set must be there."""
+        if self._replay_set is None:
+            raise RuntimeError("lengths are asked before the replay set is read")
+        if self._lengths is None:
+            self._lengths = np.array([len(row) for row in self._replay_set.rows])
+        return self._lengths
 
     @property
     def _wish(self) -> AnchorWish:
@@ -160,6 +171,8 @@ class ReplayRun:
             micro_steps=len(samples),
             micro_batch_size=rows,
             world_size=ranks.count,
+            lengths=self.replay_lengths,
+            rows_per_step=self.replay_per_batch,
         )
         batches = []
         for sample, shares in zip(samples, plan, strict=True):

@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import RandomSampler, Sampler
 
 from gere.errors import ConfigError
+from gere.grouping import by_length, grouped, step_sizes
 
-_TASK, _REPLAY, _MIXED = 0, 1, 2  # streams of random numbers that never meet
+_TASK, _REPLAY, _MIXED, _PLACES = range(4)  # streams of random numbers that never meet
 _WORD = 2**64 - 1
 
 
@@ -59,10 +60,23 @@ def parent_order(sampler: Any, seed: int) -> Callable[[int], list[int]] | None:
     return order
 
 
-def replay_stream(num_replay: int, seed: int, start: int) -> Iterator[int]:
-    """Replay rows from position `start` of the endless sequence of whole permutations of the replay set."""
+def replay_stream(
+    num_replay: int, seed: int, start: int, lengths: np.ndarray | None = None, rows_per_step: int = 1
+) -> Iterator[int]:
+    """Replay rows from a position of the endless sequence of whole permutations of the replay set.
+
+    Args:
+        num_replay: Replay rows in all.
+        seed: Seed of the permutations.
+        start: The position.
+        lengths: Length of each row, int [num_replay], to give the rows of a step similar ones; `None` for any order.
+        rows_per_step: Rows of a step; position 0 begins one.
+    """
     for number in itertools.count(start // num_replay):
         order = _permutation((seed, _REPLAY, number), num_replay)
+        if lengths is not None:
+            sizes = step_sizes(num_replay, number, rows_per_step)
+            order = grouped(order, lengths, sizes, _permutation((seed, _PLACES, number), len(sizes)))
         skip = start % num_replay if number == start // num_replay else 0
         yield from (int(row) for row in order[skip:])
 
@@ -76,6 +90,8 @@ def added_rows(
     micro_steps: int,
     micro_batch_size: int,
     world_size: int = 1,
+    lengths: np.ndarray | None = None,
+    rows_per_step: int | None = None,
 ) -> list[list[list[int]]]:
     """Replay rows that are added to the batches of one optimizer step, where they cannot replace task rows.
 
@@ -89,6 +105,8 @@ def added_rows(
         micro_steps: Micro-steps of this step.
         micro_batch_size: Rows of one forward pass on one rank.
         world_size: Number of ranks.
+        lengths: Length of each replay row, by which rows share a micro-step; `None` for any order.
+        rows_per_step: Replay rows of a whole step, where this one has fewer.
 
     Returns:
         Rows by micro-step and rank.
@@ -98,7 +116,10 @@ def added_rows(
         ...     9, 3, seed=0, start=15, micro_steps=2, micro_batch_size=1, world_size=2)]
         [[1, 0], [1, 1]]
     """
-    rows = list(itertools.islice(replay_stream(num_replay, seed, start), replay_per_batch))
+    stream = replay_stream(num_replay, seed, start, lengths, rows_per_step or replay_per_batch)
+    rows = list(itertools.islice(stream, replay_per_batch))
+    if lengths is not None:
+        rows = by_length(rows, lengths)
     width = max(micro_batch_size * world_size, -(-replay_per_batch // micro_steps))
     last = [rows[start : start + width] for start in range(0, replay_per_batch, width)]
     steps: list[list[int]] = [[] for _ in range(micro_steps - len(last))] + last[::-1]
@@ -128,6 +149,8 @@ class BatchInsertionSampler(Sampler[int]):
         world_size: Number of ranks; position p of a micro-step belongs to rank `p // micro_batch_size`.
         task_order: Order of the task rows in an epoch, `epoch -> indices`; `None` for a permutation by seed.
         tasks_per_epoch: Rows that `task_order` gives; `None` for `num_task`.
+        replay_lengths: Length of each replay row. With them the replay rows of a step have similar lengths, and are
+            dealt to its micro-steps and ranks by length; `None` for any order.
 
     Raises:
         ConfigError: If the geometry cannot hold the rows.
@@ -151,6 +174,7 @@ class BatchInsertionSampler(Sampler[int]):
         world_size: int = 1,
         task_order: Callable[[int], Sequence[int]] | None = None,
         tasks_per_epoch: int | None = None,
+        replay_lengths: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         self.num_task = num_task
         self.num_replay = num_replay
@@ -162,6 +186,7 @@ class BatchInsertionSampler(Sampler[int]):
         self.micro_batch_size = batch_size // max(1, world_size) if micro_batch_size is None else micro_batch_size
         self.task_order = task_order
         self.tasks_per_epoch = num_task if tasks_per_epoch is None else tasks_per_epoch
+        self.replay_lengths = None if replay_lengths is None else np.asarray(replay_lengths, dtype=np.int64)
         self._check()
 
     @property
@@ -183,7 +208,8 @@ class BatchInsertionSampler(Sampler[int]):
         """Yield the flat indices of the current epoch."""
         blocks = self._inserted_blocks() if self.replay_per_batch else self._shuffled_blocks()
         for task_rows, replay_rows in blocks:
-            yield from self._place(task_rows, replay_rows)
+            rows = replay_rows if self.replay_lengths is None else by_length(replay_rows, self.replay_lengths)
+            yield from self._place(task_rows, [row + self.num_task for row in rows])
 
     def slots(self) -> Iterator[Slot]:
         """Yield the flat indices of the current epoch, each with the plan of its micro-step."""
@@ -197,8 +223,8 @@ class BatchInsertionSampler(Sampler[int]):
         replay_rows = self.replay_per_batch
         task_rows = self.batch_size - replay_rows
         tasks = itertools.cycle(self._task_indices())
-        stream = replay_stream(self.num_replay, self.seed, self.epoch * self.blocks_per_epoch * replay_rows)
-        replay = (row + self.num_task for row in stream)
+        start = self.epoch * self.blocks_per_epoch * replay_rows
+        replay = replay_stream(self.num_replay, self.seed, start, self.replay_lengths, replay_rows)
         for _ in range(self.blocks_per_epoch):
             yield list(itertools.islice(tasks, task_rows)), list(itertools.islice(replay, replay_rows))
 
@@ -207,11 +233,15 @@ class BatchInsertionSampler(Sampler[int]):
         tasks = itertools.cycle(self._task_indices())
         total = self.tasks_per_epoch + self.num_replay
         kinds = _permutation((self.seed, _MIXED, self.epoch), total) >= self.tasks_per_epoch
-        replay = iter(_permutation((self.seed, _REPLAY, self.epoch), self.num_replay) + self.num_task)
-        for start in range(0, len(self), self.batch_size):
-            count = int(kinds[start : start + self.batch_size].sum())
-            rows = [int(index) for index in itertools.islice(replay, count)]
-            yield list(itertools.islice(tasks, self.batch_size - count)), rows
+        counts = np.add.reduceat(kinds, range(0, total, self.batch_size), dtype=np.int64)
+        order = _permutation((self.seed, _REPLAY, self.epoch), self.num_replay)
+        if self.replay_lengths is not None:
+            places = _permutation((self.seed, _PLACES, self.epoch), len(counts))
+            order = grouped(order, self.replay_lengths, counts, places)
+        replay = iter(order)
+        for count in counts:
+            rows = [int(row) for row in itertools.islice(replay, count)]
+            yield list(itertools.islice(tasks, self.batch_size - int(count))), rows
 
     def _task_indices(self) -> list[int]:
         if self.task_order is not None:
@@ -237,10 +267,12 @@ class BatchInsertionSampler(Sampler[int]):
         width = self.micro_batch_size * self.world_size
         fits = width > 0 and self.batch_size > 0 and self.batch_size % width == 0
         least = min(1, self.replay_per_batch)
+        measured = self.num_replay if self.replay_lengths is None else len(self.replay_lengths)
         most = self.batch_size - 1
         _require(self.tasks_per_epoch > 0, "train_dataset", "at least 1 task row", self.tasks_per_epoch)
         _require(fits, "batch_size", f"a multiple of {width} rows (micro-batch x ranks), at least 1", self.batch_size)
         _require(self.num_replay >= least, "num_replay", f"at least {least} replay rows", self.num_replay)
+        _require(measured == self.num_replay, "replay_lengths", f"one for each of {self.num_replay} rows", measured)
         fewer = f"from 0 to {most}, since an optimizer step has {self.batch_size} rows"
         _require(0 <= self.replay_per_batch <= most, "num_interpolate_per_batch", fewer, self.replay_per_batch)
 

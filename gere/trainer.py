@@ -121,6 +121,7 @@ class GeReMixin(_Parent):
             world_size=ranks,
             task_order=parent_order(parent, self._gere_seed),
             tasks_per_epoch=len(parent),
+            replay_lengths=self._gere.replay_lengths,
         )
         dataset.total_dataset_length = len(sampler)
         return _EpochOfTrainer(sampler, self)

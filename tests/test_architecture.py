@@ -13,7 +13,7 @@ import gere
 
 PACKAGE = Path(gere.__file__).parent
 RANKS = {
-    **dict.fromkeys(["errors"], 0),
+    **dict.fromkeys(["errors", "grouping"], 0),
     **dict.fromkeys(["config", "losses", "sampler", "meters", "metrics", "states", "ranks", "sharded", "weights"], 1),
     **dict.fromkeys(["_compat"], 2),
     **dict.fromkeys(["arguments", "cache", "report"], 2),

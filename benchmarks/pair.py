@@ -1,0 +1,173 @@
+"""A plain trainer and one with replay that see the very same rows in the same micro-batches."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    TrainingArguments,
+)
+
+from benchmarks.experiment import read_jsonl
+from benchmarks.turns import Timed
+from gere import GeReConfig, GeReTrainer
+from gere.replay import tokenize
+from gere.sampler import BatchInsertionSampler
+
+TINY = Path(__file__).resolve().parents[1] / "base_llms" / "llama-tiny-random"
+
+SIDES = PLAIN, OURS = "Trainer", "GeReTrainer"
+REPLAY_ROWS = 32
+# hidden size, layers, heads, key-value heads, intermediate size, vocabulary
+SIZES = {
+    "tiny": (64, 2, 4, 2, 128, 1000),
+    "1b": (2048, 16, 32, 8, 8192, 128256),
+    "3b": (3072, 28, 24, 8, 8192, 128256),
+}
+
+
+class Pair:
+    """Makes the trainers of both sides.
+
+    Args:
+        options: Of `benchmarks.step`.
+        steps: Optimizer steps.
+    """
+
+    def __init__(self, options: argparse.Namespace, steps: int) -> None:
+        self.options = options
+        self.steps = steps
+        tokens = options.model if options.random is None else str(TINY)
+        self.tokenizer = AutoTokenizer.from_pretrained(tokens)
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        texts = [row["text"] for row in read_jsonl(options.general_file)]
+        self.config = GeReConfig(max_length=options.length, replay_strategy=options.strategy)
+        self.replay = long_texts(texts, self.tokenizer, options.length, REPLAY_ROWS)
+        self.task = self._task_rows(texts)
+
+    def trainer(self, side: str) -> Any:
+        """A trainer with a model of its own."""
+        options = self.options
+        args = TrainingArguments(
+            output_dir=str(options.folder / "out"),
+            max_steps=self.steps,
+            per_device_train_batch_size=options.micro_batch_size,
+            gradient_accumulation_steps=options.batch_size // options.micro_batch_size,
+            learning_rate=1e-5,
+            logging_steps=10,
+            logging_first_step=True,  # what it imports once belongs to no side
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=not options.cuda,
+        )
+        collator = DataCollatorForSeq2Seq(self.tokenizer)
+        shared = {"model": self._model(), "args": args, "data_collator": collator, "processing_class": self.tokenizer}
+        if side == OURS and not options.null:
+            return _Ours(
+                **shared,
+                train_dataset=self.task,
+                gere_hidden_state_saving_dir=options.folder / "anchor",
+                num_interpolate_per_batch=options.replay_per_batch,
+                w_strategy=options.w_strategy,
+                gere_config=GeReConfig(
+                    replay_dataset=self.replay, max_length=options.length, replay_strategy=options.strategy
+                ),
+            )
+        rows = self.task + [_row(ids) for ids in tokenize(self.replay, self.tokenizer, self.config)]
+        plain = _Plain(**shared, train_dataset=rows)
+        plain.order = _Order(list(self._order(args.seed)))
+        return plain
+
+    def _order(self, seed: int) -> BatchInsertionSampler:
+        """Rows as the trainer with replay takes them."""
+        options = self.options
+        return BatchInsertionSampler(
+            len(self.task),
+            len(self.replay),
+            batch_size=options.batch_size,
+            replay_per_batch=options.replay_per_batch,
+            seed=seed,
+            micro_batch_size=options.micro_batch_size,
+            replay_lengths=[options.length] * len(self.replay),
+        )
+
+    def _model(self) -> PreTrainedModel:
+        dtype = torch.bfloat16 if self.options.bf16 else torch.float32
+        if self.options.random is None:
+            model = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=dtype)
+        else:
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(_llama(self.options.random)).to(dtype)
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model
+
+    def _task_rows(self, texts: Sequence[str]) -> list[dict[str, list[int]]]:
+        """One epoch of rows of the asked length, cut from the texts in a row."""
+        wanted = (self.options.batch_size - self.options.replay_per_batch) * self.steps
+        ids = [token for text in texts for token in self.tokenizer(text, verbose=False)["input_ids"]]
+        length = self.options.length
+        rows = [_row(ids[start : start + length]) for start in range(0, len(ids) - length, length)]
+        return (rows * -(-wanted // len(rows)))[:wanted]
+
+
+class _Order(Sampler[int]):
+    def __init__(self, order: Sequence[int]) -> None:
+        self._order = order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order)
+
+
+class _Plain(Timed):
+    order: _Order
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return self.order
+
+
+class _Ours(Timed, GeReTrainer):
+    pass
+
+
+def long_texts(texts: Sequence[str], tokenizer: Any, length: int, count: int) -> list[str]:
+    """Texts of at least `length` tokens, each of as many texts in a row as it takes."""
+    found: list[str] = []
+    text, place = "", 0
+    while len(found) < count:
+        text = f"{text}\n{texts[place % len(texts)]}" if text else texts[place % len(texts)]
+        place += 1
+        if len(tokenizer(text, verbose=False)["input_ids"]) >= length:
+            found, text = [*found, text], ""
+    return found
+
+
+def _row(ids: list[int]) -> dict[str, list[int]]:
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
+
+
+def _llama(size: str) -> LlamaConfig:
+    hidden, layers, heads, key_value_heads, inner, vocabulary = SIZES[size]
+    return LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        intermediate_size=inner,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+    )

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.pair import SIDES, SIZES, TINY, Pair
+from benchmarks.timing import ratios
 from benchmarks.turns import PARTS, Clock, Turns, together
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,13 +103,8 @@ def parts_table(clocks: list[Clock], begin: int, end: int) -> list[str]:
 
 
 def _spread(plain: list[float], ours: list[float]) -> str:
-    ratios = [b / a for a, b in zip(plain, ours, strict=True)]
-    middle = statistics.median(ratios)
     whole = statistics.median(ours) / statistics.median(plain)
-    return (
-        f"{middle:.3f} (median of {len(ratios)} pairs of steps, from {min(ratios):.3f} to {max(ratios):.3f}), "
-        f"{whole:.3f} by medians"
-    )
+    return f"{ratios(ours, plain).show()}, median of {len(plain)} pairs of steps; {whole:.3f} by medians"
 
 
 def _one(counts: list[int]) -> str:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.timing import ratios, spread
 from gere.cache import pack, regions
 from gere.cache.codec import PER_BYTE
 from gere.margin import chunks, fused_margin_sums
@@ -126,22 +127,20 @@ def measure(device: str, run: Callable[[bool], None], repeats: int, copy_bytes: 
     return Measured(*times, *memory)
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    """Median, smallest and largest."""
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
-
 def line(shape: tuple[int, int, int], name: str, found: Measured, copy_bytes: int) -> str:
     """One line of the table."""
     elements = shape[0] * shape[1] * shape[2]
     codes = shape[0] * shape[1] * -(-shape[2] // PER_BYTE)
     moved = moved_bytes(elements, codes, DTYPES[name].itemsize)
-    ratios = [fused / plain for plain, fused in zip(found.plain, found.fused, strict=True)]
     shares = [moved / fused * copy / copy_bytes for fused, copy in zip(found.fused, found.copy, strict=True)]
     cells = [str(shape[2]), name]
     cells += [f"{1000 * statistics.median(times):.3f} ms" for times in (found.plain, found.fused)]
-    cells += [spread(ratios, ".3f"), f"{found.plain_memory / 1e6:.1f} MB", f"{found.fused_memory / 1e6:.1f} MB"]
-    return f"| {' | '.join([*cells, f'{moved / 1e6:.1f} MB', spread(shares, '.2f')])} |"
+    cells += [
+        ratios(found.fused, found.plain).show(),
+        f"{found.plain_memory / 1e6:.1f} MB",
+        f"{found.fused_memory / 1e6:.1f} MB",
+    ]
+    return f"| {' | '.join([*cells, f'{moved / 1e6:.1f} MB', spread(shares).show(2)])} |"
 
 
 def compare_chunks(shape: tuple[int, int, int], name: str, sizes: Sequence[int], repeats: int) -> str:
@@ -155,7 +154,7 @@ def compare_chunks(shape: tuple[int, int, int], name: str, sizes: Sequence[int],
                 times[size].append(1000 * seconds("cpu", lambda: run(False)))
     finally:
         chunks.CHUNK = kept
-    return f"| {shape[2]} | {name} | {' | '.join(spread(times[size], '.2f') for size in sizes)} |"
+    return f"| {shape[2]} | {name} | {' | '.join(spread(times[size]).show(2) for size in sizes)} |"
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ class GeReConfig:
         anchor: Key of the anchor to use, or `"auto"`: the one that the checkpoint or the loaded model names, else the
             one that belongs to the model as it stands. `"live"`, with PEFT: nothing of each token is stored; the model
             with its adapter disabled gives the targets, for one more forward pass of the replay rows in each step.
-        anchor_batch_tokens: Padded tokens of one forward pass while the anchor is built.
+        anchor_batch_tokens: Padded tokens of one forward pass while the anchor is built; a CPU takes 512 at most.
         self_prompt: What the base model goes on from, with `replay_dataset="self"`: the BOS token (`"bos"`), or its
             chat template, so that it makes up a user's message and answers it (`"chat"`). `"auto"` is chat where
             the tokenizer has a chat template.

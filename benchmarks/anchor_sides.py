@@ -18,6 +18,7 @@ from torch import distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.memory import process_bytes
 from gere.anchoring import ReadyModel, build_plan
 from gere.base_model import BaseModel
 from gere.cache import build_anchor
@@ -229,12 +230,6 @@ def _peak(setup: Setup, texts: int, threads: int, folder: Path) -> tuple[int, in
     torch.set_num_threads(threads)
     model, rows = setup.load(), setup.rows(texts)
     on_gpu = setup.device.startswith("cuda")
-    before = torch.cuda.memory_allocated() if on_gpu else _status("VmRSS")
+    before = torch.cuda.memory_allocated() if on_gpu else process_bytes("VmRSS")
     build(model, rows, folder / f"peak-{texts}", setup.clock)
-    return (torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM")), before
-
-
-def _status(name: str) -> int:
-    """A figure of /proc/self/status: unlike `ru_maxrss` it forgets the process that started this one."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return (torch.cuda.max_memory_allocated() if on_gpu else process_bytes("VmHWM")), before

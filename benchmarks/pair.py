@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,7 @@ class Pair:
                 gere_hidden_state_saving_dir=options.folder / "anchor",
                 num_interpolate_per_batch=options.replay_per_batch,
                 w_strategy=options.w_strategy,
-                gere_config=GeReConfig(
-                    replay_dataset=self.replay, max_length=options.length, replay_strategy=options.strategy
-                ),
+                gere_config=dataclasses.replace(self.config, replay_dataset=self.replay),
             )
         rows = self.task + [_row(ids) for ids in tokenize(self.replay, self.tokenizer, self.config)]
         plain = _Plain(**shared, train_dataset=rows)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.memory import process_bytes
 from benchmarks.pair import SIDES, SIZES, TINY, Pair
 from benchmarks.timing import ratios
 from benchmarks.turns import PARTS, Clock, Turns, together
@@ -141,8 +142,7 @@ def one_side(options: argparse.Namespace) -> int:
     trainer.train()
     if options.cuda:
         return int(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status").read_text()  # not ru_maxrss, which a process takes over from its parent
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return process_bytes("VmHWM")
 
 
 def main() -> None:

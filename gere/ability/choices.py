@@ -38,6 +38,12 @@ class ChoiceScore(NamedTuple):
     rows: int
 
 
+def score_of(right: float, rows: int) -> ChoiceScore:
+    """Score of so many right answers."""
+    share = right / rows
+    return ChoiceScore(share, math.sqrt(share * (1 - share) / rows), rows)
+
+
 class Row(NamedTuple):
     """Token ids of a context with one of its options.
 
@@ -93,8 +99,7 @@ def choice_accuracy(
         not any(map(math.isnan, row)) and row.index(max(row)) == question.answer
         for row, question in zip(scores, questions, strict=True)
     )
-    share = right / len(questions)
-    return ChoiceScore(share, math.sqrt(share * (1 - share) / len(questions)), len(questions))
+    return score_of(right, len(questions))
 
 
 def option_scores(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from gere.ability.choices import ChoiceScore, require_sizes
+from gere.ability.choices import ChoiceScore, require_sizes, score_of
 from gere.ability.harness import HarnessTask, module, same_luck
 from gere.evaluation import evaluating
 from gere.ranks import ALONE, Ranks
@@ -58,8 +58,7 @@ def harness_accuracy(
 
     with evaluating(model), _left_alone(model), same_luck(next(model.parameters()).device):
         found = {row: right for part in ranks.ask(measure) for row, right in part.items()}
-    share = sum(found[row] for row in task.rows) / len(task.rows)
-    return ChoiceScore(share, math.sqrt(share * (1 - share) / len(task.rows)), len(task.rows))
+    return score_of(sum(found[row] for row in task.rows), len(task.rows))
 
 
 def _measured(

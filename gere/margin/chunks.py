@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gere.cache.codec import PER_BYTE
-from gere.margin.operands import Operands, Outcome, sign_table
+from gere.margin.operands import Operands, Outcome, code_table, sign_table
 
 # Elements of a chunk for each thread: three float32 buffers of it fit into the second-level cache of a core, and the
 # calls into torch are few (python -m benchmarks.tm_loss --chunks).
@@ -67,8 +67,7 @@ class _Scratch:
         self._width = own.codes.shape[-1]
         most = self._rows * self._tokens
         infinities = torch.tensor([-torch.inf, 0.0, torch.inf, torch.inf])
-        byte = torch.arange(256).unsqueeze(1)
-        self._table = infinities[(byte >> torch.arange(0, 2 * PER_BYTE, 2)) & 3]
+        self._table = infinities[code_table(infinities.device).long()]
         self._index = torch.empty(most * self._width, dtype=torch.int32)
         self._floor = torch.empty(most * self._width * PER_BYTE)
         self._ceiling = torch.empty(most * d)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gere.cache.codec import PER_BYTE
+from gere.cache.codec import PER_BYTE, unpack
 from gere.errors import CacheMismatchError
 
 
@@ -65,8 +65,12 @@ def refuse_misfits(state: Tensor, codes: Tensor, lower: Tensor, upper: Tensor, m
         )
 
 
+def code_table(device: torch.device) -> Tensor:
+    """The four codes of each byte, [256, 4] in int8, from 0 to 3."""
+    return unpack(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1)) + 1
+
+
 def sign_table(device: torch.device) -> Tensor:
     """The four signs of each byte, [256, 4] in int8: 0 for code 0, 1 for code 1, -1 for code 3."""
-    byte = torch.arange(256, device=device).unsqueeze(1)
-    code = (byte >> torch.arange(0, 2 * PER_BYTE, 2, device=device)) & 3
-    return ((code & 1) * (1 - (code & 2))).to(torch.int8)
+    code = code_table(device)
+    return (code & 1) * (1 - (code & 2))

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from gere.states import decoder_of
+
 PARTS = ("data", "forward", "loss", "backward", "optimizer", "logging and other")
 DATA, FORWARD, LOSS, BACKWARD, OPTIMIZER, OTHER = PARTS
 
@@ -151,8 +153,11 @@ class Timed(Trainer):
         """Use this clock."""
         self.clock = clock
         model: Any = self.model
-        model.register_forward_pre_hook(self._model_begins, with_kwargs=True)
-        model.get_output_embeddings().register_forward_hook(lambda *_: clock.leave())
+        decoder = decoder_of(model)
+        decoder.register_forward_hook(self._count)
+        for module in (decoder, model.get_output_embeddings()):
+            module.register_forward_pre_hook(lambda *_: clock.enter(FORWARD))
+            module.register_forward_hook(lambda *_: clock.leave())
         self.add_callback(_OptimizerClock(clock))
         backward, clip = self.accelerator.backward, self.accelerator.clip_grad_norm_
         self.accelerator.backward = _in_part(clock, BACKWARD, backward)
@@ -173,9 +178,8 @@ class Timed(Trainer):
         with self.clock.part(DATA):
             return super()._prepare_inputs(*args, **kwargs)
 
-    def _model_begins(self, module: Any, args: Any, kwargs: Any) -> None:
-        self.clock.count(kwargs["input_ids"].numel())
-        self.clock.enter(FORWARD)
+    def _count(self, decoder: Any, args: Any, output: Any) -> None:
+        self.clock.count(output.last_hidden_state.shape[:2].numel())
 
 
 class _OptimizerClock(TrainerCallback):

@@ -54,6 +54,7 @@ class ReadyModel(NamedTuple):
         precision: Precision of training, such as `"mixed precision bf16"`.
         fresh: Whether the trainer made the model anew for this training.
         ranks: The processes of the run.
+        joins: Whether replay rows may go along in a call for task rows.
     """
 
     inner: nn.Module
@@ -62,6 +63,7 @@ class ReadyModel(NamedTuple):
     precision: str
     fresh: bool
     ranks: Ranks
+    joins: bool = False
 
 
 class AnchorWish(NamedTuple):

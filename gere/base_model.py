@@ -15,7 +15,7 @@ from gere.cache import Distilled, Target
 from gere.collator import pad_rows
 from gere.errors import UnsupportedModelError
 from gere.losses import next_token_ce, token_ce
-from gere.states import StateReader, adapters_disabled
+from gere.states import StateReader, adapters_disabled, plain_head
 
 TOLERATED_HOOK_DIFFERENCE = 1e-6
 # Tokens whose logits are there at one time: on a CPU few enough for memory that is used again and not mapped anew.
@@ -81,6 +81,18 @@ class BaseModel:
             rows = [self._keep(row, ids.shape[1], logits[row]) for row in range(len(ids))]  # one at a time in float32
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
+    def head(self, row: Sequence[int]) -> nn.Module | None:
+        """The head, if the logits are its output unchanged and it can be called apart from the model.
+
+        Args:
+            row: Token ids to look at it with.
+        """
+        batch = {name: part.to(self._device) for name, part in pad_rows([row], self._pad_id).items()}
+        with _compat.uncompiled(), self._as_base(), self._reader.reading() as reader:
+            if not self._checked:
+                self._check(reader, batch["input_ids"], batch["attention_mask"])
+        return self._head
+
     def _keep(self, row: int, length: int, logits: Tensor | None) -> dict[str, Tensor]:
         return self._target.keep([state[row, :length] for state in self._reader.states], logits)
 
@@ -132,9 +144,9 @@ class BaseModel:
         self._checked = True
 
     def _plain_head(self, state: Tensor, logits: Tensor, ids: Tensor, mask: Tensor) -> nn.Module | None:
-        """The head, if the logits are its output unchanged (no soft cap, no scale) and can be left out."""
-        head = self._model.get_output_embeddings() if hasattr(self._model, "get_output_embeddings") else None
-        if head is None or head(state).shape != logits.shape or not torch.equal(head(state).to(logits), logits):
+        """The head, if it gives the logits, and if they can be left out."""
+        head = plain_head(self._model, state, logits)
+        if head is None:
             return None
         try:
             self._model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)

@@ -11,7 +11,8 @@ from torch.utils.data import IterableDataset
 from gere import _compat
 from gere.collator import ROWS, RowCounts
 from gere.errors import ConfigError, UnsupportedSettingError
-from gere.states import depth_of, is_reentrant
+from gere.sharded import is_sharded
+from gere.states import depth_of, is_compiled, is_reentrant
 
 FSDP_FIX = (
     'Set fsdp_config={"fsdp_version": 2}; on transformers 4 set FSDP_VERSION=2 in the environment, or start by '
@@ -60,10 +61,8 @@ def refuse_reentrant(trainer: Any, model: nn.Module) -> None:
     Raises:
         UnsupportedSettingError: If such a micro-step can occur.
     """
-    width = trainer.accelerator.num_processes * trainer._train_batch_size
-    rows = trainer._gere.replay_per_batch
-    mixed = trainer._gere.adding or not rows or rows % width
-    if several_wrapped(trainer) and mixed and is_reentrant(model):
+    if several_wrapped(trainer) and may_mix(trainer) and is_reentrant(model):
+        width = _rows_of_micro_step(trainer)
         ways = "" if trainer._gere.adding else f"; or make num_interpolate_per_batch a multiple of {width}"
         raise UnsupportedSettingError(
             "Reentrant checkpointing does not allow two forward passes in a micro-step on several processes.",
@@ -88,6 +87,26 @@ def refuse_hidden_layers(layers: Sequence[int], model: nn.Module) -> None:
             found="use_reentrant True",
             fix='Set it so, or leave gere_config.layers at "last".',
         )
+
+
+def may_join(trainer: Any, model: nn.Module) -> bool:
+    """Whether replay rows may go along in the parent's call of the model on task rows, in a micro-step with both.
+
+    Several processes would have to agree on it before each call, and compiled code does not know a hook that came
+    later.
+    """
+    alone = not several_wrapped(trainer) and not is_sharded(model)
+    return alone and may_mix(trainer) and not is_compiled(trainer.model_wrapped)
+
+
+def may_mix(trainer: Any) -> bool:
+    """Whether a micro-step can hold task rows and replay rows."""
+    rows = trainer._gere.replay_per_batch
+    return bool(trainer._gere.adding or not rows or rows % _rows_of_micro_step(trainer))
+
+
+def _rows_of_micro_step(trainer: Any) -> int:
+    return int(trainer.accelerator.num_processes * trainer._train_batch_size)
 
 
 def several_wrapped(trainer: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The replay loss of a batch: forward pass, losses, weights, the share of the step, and what is logged."""
+"""The replay loss of a batch: losses, weights, the share of the step, and what is logged."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gere import _compat
 from gere.collator import TARGET
 from gere.distances import Distance, Seen
 from gere.losses import next_token_ce
-from gere.states import StateReader
 from gere.weights import RowWeight
 
 LiveTargets = Callable[[Tensor, Tensor], dict[str, Tensor]]
@@ -32,31 +30,24 @@ class ReplayObjective:
         self._distance = distance
         self._live = live
 
-    def __call__(
-        self, model: nn.Module, reader: StateReader, batch: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run the model on replay rows.
+    def __call__(self, seen: Seen, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses of replay rows.
 
         Args:
-            model: The wrapped model, as the trainer calls it.
-            reader: Reads the states of the model inside.
+            seen: What the model gave for them.
             batch: Replay part of a mixed batch.
 
         Returns:
             The sum over the rows, and detached sums for the log by name.
         """
-        ids, mask = batch["input_ids"], batch["attention_mask"]
+        ce = next_token_ce(seen.logits, batch["input_ids"], seen.mask)
+        sums = {"rows": torch.ones_like(ce.detach()), "ce": ce.detach(), "gain": ce.detach() - batch["base_ce"]}
+        if self._distance is None:
+            return ce.sum(), _totals(sums)
         targets = self._targets(batch)
-        with _compat.uncompiled(), reader.reading():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            ce = next_token_ce(logits, ids, mask)
-            sums = {"rows": torch.ones_like(ce.detach()), "ce": ce.detach(), "gain": ce.detach() - batch["base_ce"]}
-            if self._distance is None:
-                return ce.sum(), _totals(sums)
-            seen = Seen(reader.states, logits, mask)
-            distance, counts = self._distance(seen, targets)
-            if self.weight.calibrating:
-                sums |= {"unrelated": self._unrelated(self._distance, seen, targets), "known": sums["rows"]}
+        distance, counts = self._distance(seen, targets)
+        if self.weight.calibrating:
+            sums |= {"unrelated": self._unrelated(self._distance, seen, targets), "known": sums["rows"]}
         weight = self.weight(ce, distance)
         active = (distance.detach() > 0).to(ce)
         sums |= {"distance": distance.detach(), "weight": weight * active, "active": active, **counts}

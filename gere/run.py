@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from gere.anchoring import (
     write_key,
 )
 from gere.cache import Anchor, Live
+from gere.cache.plan import shortest_row
 from gere.collator import MixedCollator, RowCounts
 from gere.config import GeReConfig, parse_replay_per_batch, parse_weight, require
 from gere.distances import make_distance
 from gere.errors import ReplaySetError
 from gere.meters import Meters
 from gere.objective import ReplayObjective, StepShare
+from gere.passes import ReplayPass
 from gere.ranks import ALONE, Ranks
 from gere.replay import ReplaySet, load_replay_set
 from gere.sampler import added_rows
@@ -86,7 +89,7 @@ class ReplayRun:
         self._lengths: np.ndarray | None = None
         self._collator: MixedCollator | None = None
         self._objective: ReplayObjective | None = None
-        self._reader: StateReader | None = None
+        self._pass: ReplayPass | None = None
 
     def replay_set(
         self, tokenizer: Any, ranks: Ranks = ALONE, model: nn.Module | None = None, *, progress: bool = False
@@ -209,9 +212,10 @@ class ReplayRun:
             self._weight = make_weight(self.w_strategy, distance)
             self._weight.load_state_dict(read_weight(self.checkpoint) if resumed else {})
         self.meters = Meters("" if self.config.replay_strategy == "ce" else self.config.replay_strategy)
-        live = base_model(self.config, model, replay).targets if isinstance(target, Live) else None
-        self._objective = ReplayObjective(self._weight, distance, live)
-        self._reader = StateReader(model.inner, target.layers)
+        base = base_model(self.config, model, replay)
+        self._objective = ReplayObjective(self._weight, distance, base.targets if isinstance(target, Live) else None)
+        head = base.head(replay.rows[shortest_row(replay.rows)]) if model.joins else None
+        self._pass = ReplayPass(model.inner, StateReader(model.inner, target.layers), head, model.autocast)
         if self._collator is not None:
             self._collator.anchor = self.anchor
 
@@ -237,11 +241,15 @@ class ReplayRun:
         self.meters.add({"task_loss": loss * self.share.logged_factor(rows)})
         return loss * self.share.task_factor(rows)
 
+    def along(self, batch: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
+        """Let the replay part of a micro-batch go along in the parent's call of the model, if it can."""
+        return self._pass.along(batch) if self._pass is not None else nullcontext()
+
     def replay_part(self, model: nn.Module, batch: Mapping[str, Tensor], rows: int) -> Tensor:
         """Weighed sum of the replay losses of a micro-batch; a spare row (`rows` is 0) counts nothing."""
-        if self._objective is None or self._reader is None:
+        if self._objective is None or self._pass is None:
             raise RuntimeError("a replay batch came before on_train_begin")
-        loss, sums = self._objective(model, self._reader, batch)
+        loss, sums = self._objective(self._pass(model, batch), batch)
         if not rows:
             return loss * 0.0
         self.meters.add(sums)

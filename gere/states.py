@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gere.errors import UnsupportedModelError
@@ -87,6 +88,21 @@ def decoder_of(model: nn.Module) -> nn.Module:
     )
 
 
+def plain_head(model: Any, state: Tensor, logits: Tensor) -> nn.Module | None:
+    """Find the head, if the logits are its output unchanged: no soft cap, no scale.
+
+    Args:
+        model: A causal language model, possibly inside PEFT.
+        state: Last-layer state, [b, t, d].
+        logits: What the model made of it, [b, t, v].
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return None
+    own = head(state)
+    return head if own.shape == logits.shape and torch.equal(own.to(logits), logits) else None
+
+
 def is_adapted(model: nn.Module) -> bool:
     """Whether the model carries PEFT adapters, so that its base is still there."""
     return hasattr(model, "disable_adapter") or bool(getattr(model, "_hf_peft_config_loaded", False))
@@ -106,6 +122,14 @@ def is_reentrant(model: nn.Module) -> bool:
         if getattr(function, "keywords", {}).get("use_reentrant", True):
             return True
     return False
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a module of the model is compiled."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
 
 
 @contextmanager

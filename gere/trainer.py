@@ -172,7 +172,8 @@ class GeReMixin(_Parent):
         rows = RowCounts(*inputs[ROWS])
         parts, outputs = [], None
         if TASK in inputs:
-            task_loss = parent(model, dict(inputs[TASK]), return_outputs, *args, **kwargs)
+            with self._gere.along(inputs.get(REPLAY)):
+                task_loss = parent(model, dict(inputs[TASK]), return_outputs, *args, **kwargs)
             task_loss, outputs = task_loss if return_outputs else (task_loss, None)
             parts.append(self._gere.task_part(task_loss, rows.task))
         if REPLAY in inputs:
@@ -209,6 +210,7 @@ class GeReMixin(_Parent):
             precision=precision_name(self.accelerator.mixed_precision, self.args.tf32),
             fresh=self.model_init is not None,
             ranks=_compat.ranks_of(self, lockstep=is_sharded(inner)),
+            joins=checks.may_join(self, inner),
         )
         self._gere.prepare(model, self.processing_class, resumed=resumed, progress=self._gere_shows_progress)
 

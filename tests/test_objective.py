@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from gere.cache import Bands, pack, regions
 from gere.collator import REPLAY, ROWS, TASK, MixedCollator, ReplayRow, TaskRow
 from gere.distances import make_distance
 from gere.objective import ReplayObjective, StepShare
+from gere.passes import ReplayPass
 from gere.replay import ReplaySet
 from gere.states import StateReader, depth_of
 from gere.weights import FixedWeight
@@ -152,7 +154,8 @@ def test_single_violations_of_a_row_are_noise_in_16_bits_only(model, precision, 
     batch = {"input_ids": ids, "attention_mask": mask, "target_codes": pack(region), "base_ce": torch.zeros(1)}
     anchor = SimpleNamespace(dim=64, constants=bands._asdict(), fields={"dtype": precision})
     objective = ReplayObjective(FixedWeight(1.0), make_distance(GeReConfig(), "1", anchor))
-    loss, sums = objective(model, StateReader(model, [depth_of(model)]), batch)
+    replay_pass = ReplayPass(model, StateReader(model, [depth_of(model)]), None, nullcontext)
+    loss, sums = objective(replay_pass(model, batch), batch)
     assert sums["violated"] == violated and sums["elements"] == 200 * 64
     assert (sums["distance"] > 0.5) == counts and loss.requires_grad
     assert loss.item() == pytest.approx(sums["ce"].item() + sums["distance"].item())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ from conftest import load_tiny
 
 from gere.collator import REPLAY, ROWS
 from gere.errors import CacheCorruptError, ConfigError, UnsupportedSettingError
+from gere.passes import ReplayPass
+from gere.states import StateReader
 from gere.weight_file import WEIGHT_FILE, read_weight, write_weight
 from gere.weights import CALIBRATION_ROWS, AutoWeight, auto_nats, make_weight
 
@@ -184,12 +187,12 @@ def test_auto_in_training(make_trainer, strategy):
     for row, n in zip(rows, lengths, strict=True):  # the targets of each row, half a row further on
         for name in [name for name in replay if name.startswith("target_")]:
             turned[name][row, :n] = replay[name][row, :n].roll(-(n // 2), 0)
-    objective, reader = trainer._gere._objective, trainer._gere._reader
-    base = load_tiny().eval()
-    trainer._gere._reader = reader = type(reader)(base, reader._layers)
+    objective, base = trainer._gere._objective, load_tiny().eval()
+    reader = StateReader(base, trainer._gere._pass._reader._layers)
     with torch.no_grad():
-        _, plain = objective(base, reader, replay)
-        _, other = objective(base, reader, turned)
+        seen = ReplayPass(base, reader, None, nullcontext)(base, replay)
+        _, plain = objective(seen, replay)
+        _, other = objective(seen, turned)
     assert plain["unrelated"].item() == pytest.approx(other["distance"].item(), rel=1e-5)
 
 

@@ -1,0 +1,174 @@
+"""The forward pass of replay rows: along with the task rows of a micro-step that holds both, or by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gere import _compat
+from gere.distances import Seen
+from gere.states import StateReader, decoder_of
+
+# Padding that one call may have beyond two, as a share of their tokens. A second call costs a twentieth.
+MOST_PADDING = 1 / 20
+# Outputs of a decoder beside its state, which would hold rows that are not the parent's.
+OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+class ReplayPass:
+    """Calls the model on replay rows, or lets them go along when the parent calls it on task rows.
+
+    To go along, the rows are added to the parent's own where these enter the decoder, and their states are taken out
+    where they leave it. Head, loss and all that the parent does with them never see a replay row.
+
+    Args:
+        model: The model without its distributed wrapper.
+        reader: Reads its states.
+        head: Gives the logits from the last-layer state; `None` if replay rows shall always go by themselves.
+        autocast: Makes the context in which training computes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reader: StateReader,
+        head: nn.Module | None,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._decoder = decoder_of(model)
+        self._reader = reader
+        self._head = head
+        self._autocast = autocast
+        self._waiting: Mapping[str, Tensor] | None = None
+        self._cut: _Cut | None = None
+        self._along: _Along | None = None
+
+    @contextmanager
+    def along(self, batch: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Let the rows of `batch` go along in the first call of the model with a gradient, if they fit there."""
+        self._along = None
+        if self._head is None or batch is None:
+            yield
+            return
+        self._waiting = batch
+        with self._reader.reading():
+            hooks = (
+                self._decoder.register_forward_pre_hook(self._add, with_kwargs=True),
+                self._decoder.register_forward_hook(self._take),
+            )
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
+                self._waiting = self._cut = None
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Seen:
+        """What the model gives for replay rows.
+
+        Args:
+            model: The wrapped model, as the trainer calls it.
+            batch: Replay part of a mixed batch, the one that `along` was given if it was.
+        """
+        along, self._along = self._along, None
+        mask = batch["attention_mask"]
+        if along is not None and self._head is not None:
+            with self._autocast():
+                return Seen(along.states, self._head(along.last), mask)
+        with _compat.uncompiled(), self._reader.reading() as reader:
+            logits = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
+            return Seen(reader.states, logits, mask)
+
+    def _add(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the decoder: put the replay rows below those of the parent."""
+        if self._waiting is None or not torch.is_grad_enabled():
+            return None
+        batch, self._waiting = self._waiting, None
+        replay = _Tokens(batch["input_ids"], batch["attention_mask"])
+        task = _plain_tokens(decoder, args, kwargs)
+        if task is None or not _fits(task.ids, replay.ids):
+            return None
+        self._cut = _Cut(len(task.ids), task.ids.shape[1], replay.ids.shape[1])
+        return (), {
+            **kwargs,
+            "input_ids": _stack(task.ids, replay.ids),
+            "attention_mask": _stack(task.mask, replay.mask),
+        }
+
+    def _take(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Behind the decoder: keep the states of the replay rows, and hand on those of the parent's."""
+        if self._cut is None:
+            return None
+        (rows, width, own), self._cut = self._cut, None
+        state = self._reader.state
+        self._along = _Along([inner[rows:, :own] for inner in self._reader.states], state[rows:, :own])
+        return _with_state(output, state[:rows, :width])
+
+
+class _Cut(NamedTuple):
+    """Where the parent's rows end in a call, where they end in width, and the width of the replay rows."""
+
+    rows: int
+    width: int
+    replay_width: int
+
+
+class _Along(NamedTuple):
+    """States of replay rows that went along: of the asked layers, and the last one, which the head reads."""
+
+    states: list[Tensor]
+    last: Tensor
+
+
+class _Tokens(NamedTuple):
+    """Token ids and mask of a padded batch, each [b, t]."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+def _plain_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Tokens | None:
+    """Rows that a decoder is called on, if they are all it is called on: no positions, images, embeddings, cache."""
+    if args[1:] or any(kwargs.get(name) or getattr(decoder.config, name, False) for name in OUTPUTS):
+        return None
+    others = dict(kwargs)
+    ids, mask = others.pop("input_ids", args[0] if args else None), others.pop("attention_mask", None)
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not all(map(_is_setting, others.values())):
+        return None
+    if mask is None:
+        mask = torch.ones_like(ids)
+    return _Tokens(ids, mask) if isinstance(mask, Tensor) and mask.shape == ids.shape else None
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether an argument says nothing of single rows."""
+    return (
+        value is None or isinstance(value, bool | int | float | str) or (isinstance(value, Tensor) and not value.dim())
+    )
+
+
+def _fits(task: Tensor, replay: Tensor) -> bool:
+    """Whether one call pads little more than two, one for each batch of token ids."""
+    together = (len(task) + len(replay)) * max(task.shape[1], replay.shape[1])
+    return together <= (1 + MOST_PADDING) * (task.numel() + replay.numel())
+
+
+def _stack(task: Tensor, replay: Tensor) -> Tensor:
+    """Both batches as one, padded on the right by 0, where a causal model sees nothing of it."""
+    width = max(task.shape[1], replay.shape[1])
+    return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in (task, replay.to(task))])
+
+
+def _with_state(output: Any, state: Tensor) -> Any:
+    """Output of a decoder with another state."""
+    if isinstance(output, Tensor):
+        return state
+    if isinstance(output, tuple):
+        return (state, *output[1:])
+    output.last_hidden_state = state
+    return output

@@ -4,8 +4,8 @@
     python -m benchmarks.batches --model MODEL --task-file yelp.train.jsonl --replay-file replay.jsonl \
         --task-rows 0 --task-length 512 --replay-length 563 --steps 60
 
-Rows are batched by the trainer's own data loader; no model is called. Replay rows in any order are those of a sampler
-that is not told their lengths.
+Rows are batched by the trainer's own data loader; no model is called. Rows in any order are those of a sampler that is
+not told their lengths.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class AnyOrder(GeReTrainer):
-    """Takes replay rows as they come, whatever their length."""
+    """Takes rows as they come, whatever their length."""
 
     def _gere_sampler(self, *args: Any) -> Any:
         epochs = super()._gere_sampler(*args)
-        epochs.sampler.replay_lengths = None
+        epochs.sampler.replay_lengths = epochs.sampler.task_lengths = None
         return epochs
 
 
@@ -126,7 +126,7 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         for name, cls, group in (
-            ("replay rows in any order", AnyOrder, False),
+            ("rows in any order", AnyOrder, False),
             ("as it is", GeReTrainer, False),
             ("and task rows with `group_by_length`", GeReTrainer, True),
         ):

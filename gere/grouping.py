@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any
 
 import numpy as np
 
+TOKENS = "input_ids"
+ROWS_AT_A_TIME = 10_000
 MEGA_BLOCK = 256  # rows that are sorted together: enough for similar lengths, few enough to change company
 
 
@@ -62,3 +65,38 @@ def step_sizes(num_rows: int, number: int, rows_per_step: int) -> np.ndarray:
 def by_length(rows: Sequence[int], lengths: Sequence[int] | np.ndarray) -> list[int]:
     """Rows in the order of their lengths; rows of one length stay in theirs."""
     return sorted(rows, key=lambda row: lengths[row])
+
+
+def row_lengths(dataset: Any) -> np.ndarray | None:
+    """Tokens of each row of a dataset, where they are known without making the rows.
+
+    Args:
+        dataset: A `datasets.Dataset`, whose table knows them, or a list of records. What another has to do for a row,
+            such as reading a file or tokenising, is not done twice.
+
+    Returns:
+        Int [rows], or `None` if they are not known.
+    """
+    if hasattr(dataset, "column_names") and hasattr(dataset, "with_format"):
+        return _lengths_in_table(dataset)
+    if not isinstance(dataset, list | tuple):
+        return None
+    rows = [row.get(TOKENS) if isinstance(row, Mapping) else None for row in dataset]
+    known = [len(row) for row in rows if isinstance(row, Sized)]
+    return np.array(known, dtype=np.int64) if len(known) == len(rows) else None
+
+
+def _lengths_in_table(dataset: Any) -> np.ndarray | None:
+    """Tokens of each row of a `datasets.Dataset`; a transform of the user's makes rows that its table lacks."""
+    if TOKENS not in dataset.column_names or dataset.format["type"] == "custom":
+        return None
+    import pyarrow.compute as compute
+    from pyarrow import types
+
+    found = [np.zeros(0, dtype=np.int64)]
+    for table in dataset.select_columns([TOKENS]).with_format("arrow").iter(ROWS_AT_A_TIME):
+        column = table[TOKENS]
+        if column.null_count or not (types.is_list(column.type) or types.is_large_list(column.type)):
+            return None
+        found.append(compute.list_value_length(column).to_numpy())
+    return np.concatenate(found)

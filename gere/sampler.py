@@ -151,6 +151,8 @@ class BatchInsertionSampler(Sampler[int]):
         tasks_per_epoch: Rows that `task_order` gives; `None` for `num_task`.
         replay_lengths: Length of each replay row. With them the replay rows of a step have similar lengths, and are
             dealt to its micro-steps and ranks by length; `None` for any order.
+        task_lengths: Length of each task row, by which those of a step are dealt to its micro-steps and ranks; which
+            rows a step has does not depend on it. `None` for the order that they come in.
 
     Raises:
         ConfigError: If the geometry cannot hold the rows.
@@ -175,6 +177,7 @@ class BatchInsertionSampler(Sampler[int]):
         task_order: Callable[[int], Sequence[int]] | None = None,
         tasks_per_epoch: int | None = None,
         replay_lengths: Sequence[int] | np.ndarray | None = None,
+        task_lengths: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         self.num_task = num_task
         self.num_replay = num_replay
@@ -187,6 +190,7 @@ class BatchInsertionSampler(Sampler[int]):
         self.task_order = task_order
         self.tasks_per_epoch = num_task if tasks_per_epoch is None else tasks_per_epoch
         self.replay_lengths = None if replay_lengths is None else np.asarray(replay_lengths, dtype=np.int64)
+        self.task_lengths = None if task_lengths is None else np.asarray(task_lengths, dtype=np.int64)
         self._check()
 
     @property
@@ -209,7 +213,8 @@ class BatchInsertionSampler(Sampler[int]):
         blocks = self._inserted_blocks() if self.replay_per_batch else self._shuffled_blocks()
         for task_rows, replay_rows in blocks:
             rows = replay_rows if self.replay_lengths is None else by_length(replay_rows, self.replay_lengths)
-            yield from self._place(task_rows, [row + self.num_task for row in rows])
+            tasks = task_rows if self.task_lengths is None else by_length(task_rows, self.task_lengths)
+            yield from self._place(tasks, [row + self.num_task for row in rows])
 
     def slots(self) -> Iterator[Slot]:
         """Yield the flat indices of the current epoch, each with the plan of its micro-step."""
@@ -268,11 +273,13 @@ class BatchInsertionSampler(Sampler[int]):
         fits = width > 0 and self.batch_size > 0 and self.batch_size % width == 0
         least = min(1, self.replay_per_batch)
         measured = self.num_replay if self.replay_lengths is None else len(self.replay_lengths)
+        known = self.num_task if self.task_lengths is None else len(self.task_lengths)
         most = self.batch_size - 1
         _require(self.tasks_per_epoch > 0, "train_dataset", "at least 1 task row", self.tasks_per_epoch)
         _require(fits, "batch_size", f"a multiple of {width} rows (micro-batch x ranks), at least 1", self.batch_size)
         _require(self.num_replay >= least, "num_replay", f"at least {least} replay rows", self.num_replay)
         _require(measured == self.num_replay, "replay_lengths", f"one for each of {self.num_replay} rows", measured)
+        _require(known == self.num_task, "task_lengths", f"one for each of {self.num_task} rows", known)
         fewer = f"from 0 to {most}, since an optimizer step has {self.batch_size} rows"
         _require(0 <= self.replay_per_batch <= most, "num_interpolate_per_batch", fewer, self.replay_per_batch)
 

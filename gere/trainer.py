@@ -19,6 +19,7 @@ from gere.anchoring import ReadyModel, precision_name
 from gere.callbacks import AnchorCallback
 from gere.collator import REPLAY, ROWS, TASK, MixedDataset, RowCounts, countable_tasks
 from gere.config import GeReConfig, require
+from gere.grouping import row_lengths
 from gere.run import ReplayRun
 from gere.sampler import BatchInsertionSampler, parent_order
 from gere.sharded import is_sharded
@@ -122,6 +123,7 @@ class GeReMixin(_Parent):
             task_order=parent_order(parent, self._gere_seed),
             tasks_per_epoch=len(parent),
             replay_lengths=self._gere.replay_lengths,
+            task_lengths=row_lengths(dataset.task) if dataset.num_replay else None,  # else the parent's, bit for bit
         )
         dataset.total_dataset_length = len(sampler)
         return _EpochOfTrainer(sampler, self)

@@ -51,6 +51,7 @@ def test_seeds_are_joined_and_auto_is_judged_by_the_best_curve():
     assert "| l2 | 1 | 0.2500 |" in shown and "| l2 auto | 1.500 | 0.2500 | 0.2000 | +0.0500 |" in shown
 
 
+@pytest.mark.slow
 def test_a_comparison_from_the_command_line(tmp_path):
     command = [sys.executable, "-m", "benchmarks.strategies", "--steps", "1", "--heldout", "8", "--no-shuffled"]
     command += ["--regimes", "full", "--only", "ce", "l2", "--out", str(tmp_path)]
@@ -82,6 +83,7 @@ def test_an_anchor_of_random_codes_is_read_as_one(tmp_path):
     assert start.run("print([1, 2.5])") == [1, 2.5]
 
 
+@pytest.mark.slow
 def test_the_start_is_measured():
     command = [
         sys.executable,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gere.collator import REPLAY, TASK, MixedCollator
 from gere.errors import ConfigError
-from gere.grouping import grouped, step_sizes
+from gere.grouping import grouped, row_lengths, step_sizes
 from gere.sampler import BatchInsertionSampler, added_rows, replay_stream
 
 
@@ -223,3 +223,118 @@ def test_a_short_step_leaves_the_later_ones_whole(make_trainer, arguments, task,
         for step in range(4)
     ]
     assert indices == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 60), st.integers(0, 7), st.sampled_from([(8, 1), (4, 1), (4, 2), (2, 4), (1, 8), (2, 1)]))
+def test_lengths_of_task_rows_move_them_within_their_step_alone(size, replay, shape):
+    micro, world = shape
+    lengths = some_lengths(size, 7)
+
+    def steps(of_rows):
+        order = list(
+            BatchInsertionSampler(
+                size,
+                9,
+                batch_size=8,
+                replay_per_batch=replay,
+                micro_batch_size=micro,
+                world_size=world,
+                seed=3,
+                replay_lengths=some_lengths(9, 8),
+                task_lengths=of_rows,
+            )
+        )
+        return [order[start : start + 8] for start in range(0, len(order), 8)]
+
+    for ours, plain in zip(steps(lengths), steps(None), strict=True):
+        assert sorted(ours) == sorted(plain)
+        assert [i >= size for i in ours] == [i >= size for i in plain], "replay rows stay in their places"
+        assert [i for i in ours if i >= size] == [i for i in plain if i >= size]
+        tasks = [lengths[i] for i in ours if i < size]
+        assert tasks == sorted(tasks)
+
+
+def test_a_length_for_each_task_row():
+    with pytest.raises(ConfigError, match="task_lengths"):
+        BatchInsertionSampler(9, 3, batch_size=4, replay_per_batch=1, task_lengths=[1] * 8)
+
+
+def test_lengths_are_read_where_no_row_has_to_be_made_for_them():
+    rows = [{"input_ids": list(range(n)), "labels": [0]} for n in (3, 0, 5, 2)]
+    table = Dataset.from_list(rows)
+    assert row_lengths(rows).tolist() == row_lengths(tuple(rows)).tolist() == [3, 0, 5, 2]
+    assert row_lengths(table).tolist() == row_lengths(table.with_format("torch")).tolist() == [3, 0, 5, 2]
+    assert row_lengths(table.select([2, 0, 2])).tolist() == [5, 3, 5]
+    assert row_lengths(table.shuffle(seed=1)).tolist() == [len(row["input_ids"]) for row in table.shuffle(seed=1)]
+    assert row_lengths([]).tolist() == row_lengths(table.select([])).tolist() == []
+
+
+def test_lengths_in_several_blocks(monkeypatch):
+    monkeypatch.setattr("gere.grouping.ROWS_AT_A_TIME", 3)
+    table = Dataset.from_dict({"input_ids": [list(range(n)) for n in range(8)]})
+    assert row_lengths(table).tolist() == list(range(8))
+
+
+def test_lengths_that_are_not_known():
+    class Made:
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            raise AssertionError("a row is made")
+
+    table = Dataset.from_dict({"input_ids": [[1], [1, 2]]})
+    unknown = [
+        Made(),
+        [{"text": "a"}],
+        [{"input_ids": [1]}, {"input_ids": 3}],
+        ["a"],
+        Dataset.from_dict({"text": ["a"]}),
+        Dataset.from_dict({"input_ids": ["a", "b"]}),
+        Dataset.from_dict({"input_ids": [[1], None]}),
+        table.with_transform(lambda batch: batch),
+    ]
+    assert [row_lengths(dataset) for dataset in unknown] == [None] * len(unknown)
+
+
+@pytest.mark.parametrize("as_table", [False, True])
+def test_a_step_trains_on_the_parents_rows_with_little_padding(make_trainer, arguments, task, as_table):
+    """Rows of 4 to 80 tokens in steps of 16: which rows a step has is the parent's, how they share calls is not."""
+    rng = np.random.default_rng(0)
+    rows = [{name: values[:1] * n for name, values in task[0].items()} for n in rng.integers(4, 80, 60)]
+    args = arguments(gradient_accumulation_steps=8, per_device_train_batch_size=4)
+
+    def batches(trainer):
+        found = list(trainer.get_train_dataloader())
+        parts = [batch[TASK]["attention_mask"] for batch in found if TASK in batch]
+        return sum(int(mask.sum()) for mask in parts) / sum(mask.numel() for mask in parts), found
+
+    kinds = [Dataset.from_list(rows), [dict(row) for row in rows]]
+    share, ours = batches(make_trainer(args=args, train_dataset=kinds[not as_table]))
+    other, theirs = batches(make_trainer(args=args, train_dataset=Hidden(rows)))
+    assert other < 0.7 < 0.88 < share and len(ours) == len(theirs)
+    for start in range(0, len(ours), 8):
+        counts = [
+            Counter(
+                int(n)
+                for batch in side[start : start + 8]
+                if TASK in batch
+                for n in batch[TASK]["attention_mask"].sum(1)
+            )
+            for side in (ours, theirs)
+        ]
+        assert counts[0] == counts[1]
+
+
+class Hidden:
+    """A dataset that does not tell its lengths."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]

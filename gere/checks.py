@@ -92,11 +92,12 @@ def refuse_hidden_layers(layers: Sequence[int], model: nn.Module) -> None:
 def may_join(trainer: Any, model: nn.Module) -> bool:
     """Whether replay rows may go along in the parent's call of the model on task rows, in a micro-step with both.
 
-    Several processes would have to agree on it before each call, and compiled code does not know a hook that came
-    later.
+    Processes that hold a part of the weights each would have to agree on it before each call, and compiled code does
+    not know a hook that came later.
     """
-    alone = not several_wrapped(trainer) and not is_sharded(model)
-    return alone and may_mix(trainer) and not is_compiled(trainer.model_wrapped)
+    kind = str(trainer.accelerator.distributed_type).rsplit(".", 1)[-1]
+    whole = (kind == "NO" or kind.startswith("MULTI_")) and not is_sharded(model)
+    return whole and may_mix(trainer) and not is_compiled(trainer.model_wrapped)
 
 
 def may_mix(trainer: Any) -> bool:

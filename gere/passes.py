@@ -26,10 +26,14 @@ class ReplayPass:
     To go along, the rows are added to the parent's own where these enter the decoder, and their states are taken out
     where they leave it. Head, loss and all that the parent does with them never see a replay row.
 
+    DDP waits for the calls of its wrapper on all processes. With a head, a micro-step has one on each of them, the
+    parent's: rows that do not fit into it are run by the model inside, and a process without replay rows runs none.
+
     Args:
         model: The model without its distributed wrapper.
         reader: Reads its states.
-        head: Gives the logits from the last-layer state; `None` if replay rows shall always go by themselves.
+        head: Gives the logits from the last-layer state, on all processes or on none; `None` if replay rows shall
+            always go by themselves.
         autocast: Makes the context in which training computes.
     """
 
@@ -40,19 +44,26 @@ class ReplayPass:
         head: nn.Module | None,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
+        self._model = model
         self._decoder = decoder_of(model)
         self._reader = reader
         self._head = head
         self._autocast = autocast
         self._waiting: Mapping[str, Tensor] | None = None
         self._cut: _Cut | None = None
+        self._beside = False
         self._along: _Along | None = None
+
+    @property
+    def joins(self) -> bool:
+        """Whether a micro-step with task rows has one call of the wrapped model, the parent's."""
+        return self._head is not None
 
     @contextmanager
     def along(self, batch: Mapping[str, Tensor] | None) -> Iterator[None]:
         """Let the rows of `batch` go along in the first call of the model with a gradient, if they fit there."""
-        self._along = None
-        if self._head is None or batch is None:
+        self._along, self._beside = None, self.joins and batch is not None
+        if not self._beside:
             yield
             return
         self._waiting = batch
@@ -75,11 +86,14 @@ class ReplayPass:
             model: The wrapped model, as the trainer calls it.
             batch: Replay part of a mixed batch, the one that `along` was given if it was.
         """
-        along, self._along = self._along, None
+        along, beside = self._along, self._beside
+        self._along, self._beside = None, False
         mask = batch["attention_mask"]
         if along is not None and self._head is not None:
             with self._autocast():
                 return Seen(along.states, self._head(along.last), mask)
+        if beside:
+            model = self._model
         with _compat.uncompiled(), self._reader.reading() as reader:
             logits = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
             return Seen(reader.states, logits, mask)

@@ -214,8 +214,10 @@ class ReplayRun:
         self.meters = Meters("" if self.config.replay_strategy == "ce" else self.config.replay_strategy)
         base = base_model(self.config, model, replay)
         self._objective = ReplayObjective(self._weight, distance, base.targets if isinstance(target, Live) else None)
-        head = base.head(replay.rows[shortest_row(replay.rows)]) if model.joins else None
-        self._pass = ReplayPass(model.inner, StateReader(model.inner, target.layers), head, model.autocast)
+        row = replay.rows[shortest_row(replay.rows)]
+        joins = model.joins and all(model.ranks.ask(lambda: base.head(row) is not None))
+        reader = StateReader(model.inner, target.layers)
+        self._pass = ReplayPass(model.inner, reader, base.head(row) if joins else None, model.autocast)
         if self._collator is not None:
             self._collator.anchor = self.anchor
 
@@ -240,6 +242,11 @@ class ReplayRun:
             return torch.nan_to_num(loss, 0.0, 0.0, 0.0) * 0.0  # a spare row may have nothing to learn
         self.meters.add({"task_loss": loss * self.share.logged_factor(rows)})
         return loss * self.share.task_factor(rows)
+
+    @property
+    def runs_spare(self) -> bool:
+        """Whether a process that has no replay row in a micro-step runs a spare one, since others wait for it."""
+        return self._pass is None or not self._pass.joins
 
     def along(self, batch: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
         """Let the replay part of a micro-batch go along in the parent's call of the model, if it can."""

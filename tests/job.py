@@ -11,9 +11,10 @@ from pathlib import Path
 
 import conftest
 from datasets import Dataset
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 
-from gere import GeneralAbilityCallback, GeReConfig, GeReTrainer
+from gere import GeneralAbilityCallback, GeReConfig, GeReTrainer, passes
 from gere.ability import Question
 from gere.base_model import BaseModel
 from gere.cache.distil import Part
@@ -34,6 +35,7 @@ DEFAULTS = {
     "stream": False,  # the task rows as an IterableDataset
     "slow": 0.0,  # seconds that each forward pass of the anchor takes more
     "stop_at": 0,
+    "most_padding": passes.MOST_PADDING,  # below 0: replay rows never go along in the call for task rows
     "ability": False,  # measure general ability, too; or arguments of the callback
     "args": {},
     "config": {},
@@ -145,6 +147,22 @@ def make(root: Path, job: dict, rank: int, ranks: int) -> GeReTrainer:
     )
 
 
+def watch_calls(trainer: GeReTrainer) -> dict[str, int]:
+    """Count the calls of the model in training: of DDP's wrapper, and of the decoder inside."""
+    calls, original = {"wrapper": 0, "decoder": 0}, DistributedDataParallel.forward
+
+    def forward(self, *args, **kwargs):
+        calls["wrapper"] += self.training
+        return original(self, *args, **kwargs)
+
+    def called(module, args, output):
+        calls["decoder"] += module.training
+
+    DistributedDataParallel.forward = forward
+    trainer.model.model.register_forward_hook(called)
+    return calls
+
+
 def watch_the_build(job: dict, rank: int) -> list[int]:
     """Count the replay rows that this rank distils, slow it down, or let it fail."""
     original, rows_done, calls = BaseModel.__call__, [0], []
@@ -191,6 +209,7 @@ def end() -> None:
 def main() -> None:
     root, job = Path(sys.argv[1]), {**DEFAULTS, **json.loads(sys.argv[2])}
     faulthandler.dump_traceback_later(job.get("limit", 120), exit=True)
+    passes.MOST_PADDING = job["most_padding"]
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     trainer = make(root, job, rank, ranks)
     rows = Rows()
@@ -199,6 +218,7 @@ def main() -> None:
         chosen = job["ability"]
         trainer.add_callback(GeneralAbilityCallback(**chosen) if isinstance(chosen, dict) else ability())
     watch_rows(trainer, rows)
+    calls = watch_calls(trainer)
     rows.stop_at = job["stop_at"]
     distilled = watch_the_build(job, rank)
     trainer.train(resume_from_checkpoint=job["resume"])
@@ -206,6 +226,7 @@ def main() -> None:
     result = {
         "logs": [log for log in trainer.state.log_history if "loss" in log],
         "rows": rows.steps,
+        "calls": calls,
         "anchor": anchor and anchor.key,
         "files": anchor and {path.name: path.stat().st_mtime_ns for path in sorted(anchor.folder.iterdir())},
         "hashes": anchor and json.loads((anchor.folder / "manifest.json").read_text())["files"],

@@ -57,6 +57,13 @@ def test_two_processes_follow_the_curve_of_one(tmp_path, alone, replay):
     if replay:
         assert all(len(step) == replay for step in rows_by_step(ours, 1))
         assert all(len(step) == 16 - replay for step in rows_by_step(ours, 0))
+    # One call of the wrapper in each of 4 micro-steps, and no spare replay row on a rank that has none.
+    calls = [result["calls"] for result in ours.results]
+    assert [call["wrapper"] for call in calls] == [20 * 4] * 2
+    if replay == 4:
+        assert [call["decoder"] for call in calls] == [20 * 4] * 2
+    if replay == 1:
+        assert calls[1]["decoder"] == 20 * 4 <= calls[0]["decoder"] <= 20 * 5
 
 
 @pytest.mark.parametrize("strategy", ["tm", "kl", "l2"])
@@ -73,9 +80,14 @@ def test_the_weight_auto_and_every_strategy_on_two_processes(tmp_path, alone, st
 
 
 def test_ranks_of_one_row_each(tmp_path, alone):
-    """In the mixed micro-step each rank has either a task row or a replay row."""
+    """In the mixed micro-step each rank has either a task row or a replay row, which the model inside is called on."""
     job = {"replay": 1, "global_micro": 2, "accumulation": 8}
-    assert_same_curve(run(tmp_path, 2, **job), alone(**job))
+    ours = run(tmp_path, 2, **job, most_padding=-1.0)
+    assert_same_curve(ours, alone(**job))
+    assert [result["calls"] for result in ours.results] == [
+        {"wrapper": 20 * 8, "decoder": 20 * 9},
+        {"wrapper": 20 * 8, "decoder": 20 * 8},
+    ]
 
 
 def test_tokens_counted_by_each_rank_alone(tmp_path):

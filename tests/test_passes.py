@@ -14,9 +14,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
-from gere import passes
+from gere import checks, passes
 from gere.collator import REPLAY, TASK
 from gere.passes import ReplayPass
+from gere.ranks import Ranks
 from gere.states import StateReader, decoder_of, depth_of
 
 TOGETHER, APART = 1e9, -1.0
@@ -266,13 +267,32 @@ def test_a_run_whose_rows_cannot_or_need_not_go_along(make_trainer, kind, monkey
     assert trainer._gere._pass._head is None
 
 
-def test_several_processes_do_not_join(make_trainer, monkeypatch):
-    """They would have to agree on the number of calls before each."""
-    trainer = anchored(make_trainer, replay=3)
-    assert trainer._gere._pass._head is not None
-    monkeypatch.setattr("gere.checks.several_wrapped", lambda trainer: True)
+@pytest.mark.parametrize(("kind", "joins"), [("NO", True), ("MULTI_GPU", True), ("DEEPSPEED", False), ("FSDP", False)])
+def test_processes_that_hold_a_part_of_the_weights_do_not_join(make_trainer, kind, joins, monkeypatch):
+    """They would have to agree on the number of calls before each; DDP waits for its wrapper alone."""
+    trainer = make_trainer(replay=3)
+    monkeypatch.setattr(
+        type(trainer.accelerator), "distributed_type", property(lambda self: f"DistributedType.{kind}")
+    )
+    assert checks.may_join(trainer, trainer.model) is joins
+    monkeypatch.setattr(checks, "is_sharded", lambda model: True)
+    assert not checks.may_join(trainer, trainer.model)
+
+
+def test_a_head_that_one_process_does_not_find_is_used_by_none(make_trainer):
+    trainer = make_trainer(replay=3)
+    trainer.get_train_dataloader()
+    ready, prepare = [], trainer._gere.prepare
+    trainer._gere.prepare = lambda model, *args, **kwargs: ready.append(model) or prepare(model, *args, **kwargs)
     trainer._gere_prepare(False)
-    assert trainer._gere._pass._head is None
+    assert trainer._gere._pass.joins and not trainer._gere.runs_spare
+
+    def other_says_no(item):
+        return [item, False if item is True else item]
+
+    two = Ranks(0, 2, gather=other_says_no)
+    prepare(ready[0]._replace(ranks=two), trainer.processing_class, resumed=False, progress=False)
+    assert not trainer._gere._pass.joins and trainer._gere.runs_spare
 
 
 def test_training_ends_where_two_calls_end(make_trainer, monkeypatch):

@@ -161,6 +161,27 @@ def test_the_parent_sees_its_own_rows_alone(make_trainer, task, monkeypatch):
     torch.testing.assert_close(outputs.logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_head_computes_in_the_precision_of_the_call(make_trainer, task, arguments, monkeypatch):
+    """In mixed precision the logits have 16 bits, along as alone, and what went along has not drifted."""
+    monkeypatch.setattr(passes, "MOST_PADDING", TOGETHER)
+    trainer = anchored(make_trainer, replay=5, args=arguments(bf16=True))
+    model = trainer.accelerator.prepare_model(trainer.model)
+    batch = trainer._gere._collator(rows_of_a_step(task))
+    seen = []
+    for part in (batch[REPLAY], None):
+        with trainer._gere.along(part):
+            model(**batch[TASK])
+        seen.append(trainer._gere._pass(model, batch[REPLAY]))
+    for one in seen:
+        assert torch.equal(one.logits.float(), one.logits.bfloat16().float())
+    real = batch[REPLAY]["attention_mask"].bool()
+    assert (seen[0].logits[real].float() - seen[1].logits[real].float()).abs().max() < 0.02 * seen[
+        1
+    ].logits.abs().max()
+    loss, sums = trainer._gere._objective(seen[0], batch[REPLAY])
+    assert loss.requires_grad and sums["distance"] < 1e-3
+
+
 def with_positions(model, task):
     return {**task, "position_ids": torch.arange(task["input_ids"].shape[1])[None].expand_as(task["input_ids"])}
 

@@ -213,9 +213,9 @@ def test_exactly_k_replay_rows_in_every_step(done, name):
 
 @every_kind
 def test_loss_and_metrics_count_task_rows_alone(done, plain, name):
-    """The plain trainer gets the task rows of the first step, in the same micro-batches."""
+    """The plain trainer gets the task rows of the first step, in the same micro-batches; a joint call may round."""
     ours, theirs = (train_logs(run(name).trainer)[0] for run in (done, plain))
-    assert {key: ours[key] for key in METRICS} == {key: theirs[key] for key in METRICS}
+    assert {key: ours[key] for key in METRICS} == pytest.approx({key: theirs[key] for key in METRICS}, rel=1e-6)
     assert ours["mean_token_accuracy"] > 0
     assert ours["gere/task_loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     task, replay = (sum(rows[place] for rows, _ in done(name).steps[0]) for place in (0, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -76,10 +77,12 @@ def require_rows(steps: list[dict], task: int, replay: int) -> None:
 
 
 def require_order(steps: list[dict]) -> None:
-    """The task rows came in the order of the file."""
-    found = [row for step in steps for batch in step["tokens"] for row in batch]
-    expected = [row["input_ids"] for row in steps[0]["trainer"].train_dataset][: len(found)]
-    assert [row[: len(text)] for row, text in zip(found, expected, strict=True)] == expected
+    """The task rows came in the order of the file, and those of a step by their lengths."""
+    texts = iter(row["input_ids"] for row in steps[0]["trainer"].train_dataset)
+    for step in steps:
+        found = [row for batch in step["tokens"] for row in batch]
+        expected = sorted(itertools.islice(texts, len(found)), key=len)
+        assert [row[: len(text)] for row, text in zip(found, expected, strict=True)] == expected
 
 
 def train_logs(folder: Path) -> list[dict]:

@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import nn
 from torch.utils.data import IterableDataset
+from transformers import DataCollatorWithFlattening
 
 from gere import _compat
 from gere.collator import ROWS, RowCounts
 from gere.errors import ConfigError, UnsupportedSettingError
 from gere.sharded import is_sharded
-from gere.states import depth_of, is_compiled, is_reentrant
+from gere.states import depth_of, is_compiled, is_reentrant, reads_rows_itself
 
+LOSSES_OF = ("transformers", "trl", "llamafactory", "gere")
 FSDP_FIX = (
     'Set fsdp_config={"fsdp_version": 2}; on transformers 4 set FSDP_VERSION=2 in the environment, or start by '
     "accelerate launch --fsdp_version 2."
@@ -97,7 +99,23 @@ def may_join(trainer: Any, model: nn.Module) -> bool:
     """
     kind = str(trainer.accelerator.distributed_type).rsplit(".", 1)[-1]
     whole = (kind == "NO" or kind.startswith("MULTI_")) and not is_sharded(model)
-    return whole and may_mix(trainer) and not is_compiled(trainer.model_wrapped)
+    plain = not is_compiled(trainer.model_wrapped) and not reads_rows_itself(model)
+    return whole and may_mix(trainer) and plain
+
+
+def may_deal(trainer: Any) -> bool:
+    """Whether the task rows of a step may be dealt to its forward passes by length.
+
+    They may where the losses of a step add up to a mean over all of its tokens, in whatever batches they come: by the
+    losses of transformers and of those who build on it, not by one that may take a mean over each batch. And they may
+    not be dealt to a collator that lays rows end to end, which pads nothing, and whose largest batch would grow.
+    """
+    counted = not _compat.divides_by_accumulation(trainer, 1) and _compat.loss_uses_count(trainer)
+    own = [cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls)]
+    known = trainer.compute_loss_func is None and all(cls.__module__.split(".")[0] in LOSSES_OF for cls in own)
+    collator = trainer.data_collator
+    flat = getattr(collator, "padding_free", False) or isinstance(collator, DataCollatorWithFlattening)
+    return counted and known and _compat.counts_over_ranks(trainer) and not flat
 
 
 def may_mix(trainer: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,25 @@ def by_length(rows: Sequence[int], lengths: Sequence[int] | np.ndarray) -> list[
     return sorted(rows, key=lambda row: lengths[row])
 
 
+def put_last(rows: Sequence[int], lengths: np.ndarray, count: int, group: int, wanted: int) -> list[int]:
+    """Move some rows to the end, of about a length; the rest stays in whole groups.
+
+    Args:
+        rows: Rows in the order of their lengths, a multiple of `group` and `count` more.
+        lengths: Length of each row.
+        count: Rows to move.
+        group: Rows of a group.
+        wanted: Length that the longest of them should have.
+
+    Example:
+        >>> put_last([0, 1, 2, 3, 4], np.array([3, 4, 5, 8, 9]), count=1, group=2, wanted=5)
+        [0, 1, 3, 4, 2]
+    """
+    starts = range(0, len(rows) - count + 1, group)
+    start = min(starts, key=lambda at: abs(int(lengths[rows[at + count - 1]]) - wanted))
+    return [*rows[:start], *rows[start + count :], *rows[start : start + count]]
+
+
 def row_lengths(dataset: Any) -> np.ndarray | None:
     """Tokens of each row of a dataset, where they are known without making the rows.
 
@@ -77,13 +96,15 @@ def row_lengths(dataset: Any) -> np.ndarray | None:
     Returns:
         Int [rows], or `None` if they are not known.
     """
-    if hasattr(dataset, "column_names") and hasattr(dataset, "with_format"):
+    if all(hasattr(dataset, name) for name in ("column_names", "with_format", "format")):
         return _lengths_in_table(dataset)
     if not isinstance(dataset, list | tuple):
         return None
     rows = [row.get(TOKENS) if isinstance(row, Mapping) else None for row in dataset]
-    known = [len(row) for row in rows if isinstance(row, Sized)]
-    return np.array(known, dtype=np.int64) if len(known) == len(rows) else None
+    try:
+        return np.array(list(map(len, rows)), dtype=np.int64)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _lengths_in_table(dataset: Any) -> np.ndarray | None:

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from gere import _compat
 from gere.distances import Seen
-from gere.states import StateReader, decoder_of
+from gere.states import StateReader, decoder_of, has_disabled_adapter
 
-# Padding that one call may have beyond two, as a share of their tokens. A second call costs a twentieth.
+# Padding that one call may have beyond two, as a share of their tokens: a second call takes a twentieth of the time of
+# a step (docs/performance.md).
 MOST_PADDING = 1 / 20
 # Outputs of a decoder beside its state, which would hold rows that are not the parent's.
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -25,6 +26,9 @@ class ReplayPass:
 
     To go along, the rows are added to the parent's own where these enter the decoder, and their states are taken out
     where they leave it. Head, loss and all that the parent does with them never see a replay row.
+
+    A hook of somebody else on the decoder or its layers sees them, too. So does a backward pass inside the parent's
+    `compute_loss`, which then leaves nothing for the trainer's own.
 
     DDP waits for the calls of its wrapper on all processes. With a head, a micro-step has one on each of them, the
     parent's: rows that do not fit into it are run by the model inside, and a process without replay rows runs none.
@@ -74,6 +78,9 @@ class ReplayPass:
             )
             try:
                 yield
+            except BaseException:  # a caller that goes on has rows of another micro-step
+                self._along, self._beside = None, False
+                raise
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -99,8 +106,8 @@ class ReplayPass:
             return Seen(reader.states, logits, mask)
 
     def _add(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the decoder: put the replay rows below those of the parent."""
-        if self._waiting is None or not torch.is_grad_enabled():
+        """Before the decoder: put the replay rows below those of the parent; the first call that trains decides."""
+        if self._waiting is None or not torch.is_grad_enabled() or has_disabled_adapter(decoder):
             return None
         batch, self._waiting = self._waiting, None
         replay = _Tokens(batch["input_ids"], batch["attention_mask"])
@@ -118,14 +125,14 @@ class ReplayPass:
         """Behind the decoder: keep the states of the replay rows, and hand on those of the parent's."""
         if self._cut is None:
             return None
-        (rows, width, own), self._cut = self._cut, None
-        state = self._reader.state
-        self._along = _Along([inner[rows:, :own] for inner in self._reader.states], state[rows:, :own])
-        return _with_state(output, state[:rows, :width])
+        (rows, width, replay_width), self._cut = self._cut, None
+        last, *inner = (state[rows:, :replay_width] for state in (self._reader.state, *self._reader.states))
+        self._along = _Along(inner, last)
+        return _with_state(output, self._reader.state[:rows, :width].contiguous())  # Liger's loss takes views of it
 
 
 class _Cut(NamedTuple):
-    """Where the parent's rows end in a call, where they end in width, and the width of the replay rows."""
+    """The parent's rows in a call and the width that they had, and the width of the replay rows."""
 
     rows: int
     width: int
@@ -148,7 +155,8 @@ class _Tokens(NamedTuple):
 
 def _plain_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Tokens | None:
     """Rows that a decoder is called on, if they are all it is called on: no positions, images, embeddings, cache."""
-    if args[1:] or any(kwargs.get(name) or getattr(decoder.config, name, False) for name in OUTPUTS):
+    config = getattr(decoder, "config", None)
+    if args[1:] or any(kwargs.get(name) or getattr(config, name, False) for name in OUTPUTS):
         return None
     others = dict(kwargs)
     ids, mask = others.pop("input_ids", args[0] if args else None), others.pop("attention_mask", None)

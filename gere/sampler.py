@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import RandomSampler, Sampler
 
 from gere.errors import ConfigError
-from gere.grouping import by_length, grouped, step_sizes
+from gere.grouping import by_length, grouped, put_last, step_sizes
 
 _TASK, _REPLAY, _MIXED, _PLACES = range(4)  # streams of random numbers that never meet
 _WORD = 2**64 - 1
@@ -213,8 +213,7 @@ class BatchInsertionSampler(Sampler[int]):
         blocks = self._inserted_blocks() if self.replay_per_batch else self._shuffled_blocks()
         for task_rows, replay_rows in blocks:
             rows = replay_rows if self.replay_lengths is None else by_length(replay_rows, self.replay_lengths)
-            tasks = task_rows if self.task_lengths is None else by_length(task_rows, self.task_lengths)
-            yield from self._place(tasks, [row + self.num_task for row in rows])
+            yield from self._place(self._dealt(task_rows, rows), [row + self.num_task for row in rows])
 
     def slots(self) -> Iterator[Slot]:
         """Yield the flat indices of the current epoch, each with the plan of its micro-step."""
@@ -252,6 +251,18 @@ class BatchInsertionSampler(Sampler[int]):
         if self.task_order is not None:
             return [int(index) for index in self.task_order(self.epoch)]
         return [int(index) for index in _permutation((self.seed, _TASK, self.epoch), self.num_task)]
+
+    def _dealt(self, task_rows: list[int], replay_rows: list[int]) -> list[int]:
+        """Task rows of a block by length; last those beside replay rows in the mixed micro-step, of about theirs."""
+        if self.task_lengths is None:
+            return task_rows
+        rows = by_length(task_rows, self.task_lengths)
+        width = self.micro_batch_size * self.world_size
+        mixed = len(replay_rows) % width
+        if not mixed or self.replay_lengths is None or len(rows) < width:
+            return rows
+        wanted = int(self.replay_lengths[replay_rows[mixed - 1]])
+        return put_last(rows, self.task_lengths, width - mixed, width, wanted)
 
     def _place(self, task_rows: list[int], replay_rows: list[int]) -> list[int]:
         """Order one block so that at most one micro-step holds both kinds."""

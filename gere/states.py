@@ -108,6 +108,17 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "disable_adapter") or bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
+def has_disabled_adapter(model: nn.Module) -> bool:
+    """Whether an adapter inside is disabled, so that a call is one of the base model."""
+    return any(getattr(module, "disable_adapters", False) is True for module in model.modules())
+
+
+def reads_rows_itself(model: Any) -> bool:
+    """Whether an adapter looks at the token ids of each row before the decoder does, as aLoRA for its invocation."""
+    configs = (getattr(model, "peft_config", None) or {}).values()
+    return any(getattr(config, "alora_invocation_tokens", None) for config in configs)
+
+
 def is_reentrant(model: nn.Module) -> bool:
     """Whether a module of the model recomputes its activations by reentrant checkpointing.
 

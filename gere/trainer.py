@@ -106,11 +106,12 @@ class GeReMixin(_Parent):
             return super().get_train_dataloader()
         self._gere.adding = False
         mixed = MixedDataset(task, len(replay.rows))
+        deals = bool(replay.rows) and checks.may_deal(self)  # without replay: the parent's order, bit for bit
         mixed_collator = self._gere.collator(collator, self.processing_class, mixed.spare)
-        with self._gere_data(mixed, mixed_collator, sampler=lambda *_: self._gere_sampler(mixed, order)):
+        with self._gere_data(mixed, mixed_collator, sampler=lambda *_: self._gere_sampler(mixed, order, deals)):
             return super().get_train_dataloader()
 
-    def _gere_sampler(self, dataset: MixedDataset, parent: Any) -> Sampler[Any]:
+    def _gere_sampler(self, dataset: MixedDataset, parent: Any, deals: bool) -> Sampler[Any]:
         ranks = self.accelerator.num_processes
         sampler = BatchInsertionSampler(
             dataset.num_task,
@@ -123,7 +124,7 @@ class GeReMixin(_Parent):
             task_order=parent_order(parent, self._gere_seed),
             tasks_per_epoch=len(parent),
             replay_lengths=self._gere.replay_lengths,
-            task_lengths=row_lengths(dataset.task) if dataset.num_replay else None,  # else the parent's, bit for bit
+            task_lengths=row_lengths(dataset.task) if deals else None,
         )
         dataset.total_dataset_length = len(sampler)
         return _EpochOfTrainer(sampler, self)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DataCollatorWithFlattening
 
+from gere import GeReTrainer
 from gere.collator import REPLAY, TASK, MixedCollator
 from gere.errors import ConfigError
-from gere.grouping import grouped, row_lengths, step_sizes
+from gere.grouping import grouped, put_last, row_lengths, step_sizes
+from gere.replay import ReplaySet
 from gere.sampler import BatchInsertionSampler, added_rows, replay_stream
 
 
@@ -251,8 +256,26 @@ def test_lengths_of_task_rows_move_them_within_their_step_alone(size, replay, sh
         assert sorted(ours) == sorted(plain)
         assert [i >= size for i in ours] == [i >= size for i in plain], "replay rows stay in their places"
         assert [i for i in ours if i >= size] == [i for i in plain if i >= size]
-        tasks = [lengths[i] for i in ours if i < size]
-        assert tasks == sorted(tasks)
+        tasks, width = [i for i in ours if i < size], micro * world
+        mixed = len(tasks) % width
+        for part in (tasks[: len(tasks) - mixed], tasks[len(tasks) - mixed :]):
+            assert [lengths[i] for i in part] == sorted(lengths[part])
+
+
+@given(st.integers(0, 5), st.integers(1, 6), st.integers(0, 5), st.integers(0, 600), st.integers(0, 9))
+def test_rows_beside_replay_rows_are_taken_in_one_piece(groups, width, count, wanted, seed):
+    lengths = np.sort(some_lengths(groups * width + count, seed))
+    rows = list(range(len(lengths)))
+    found = put_last(rows, lengths, count, width, wanted) if count else rows
+    assert sorted(found) == rows
+    last = found[len(found) - count :]
+    assert last == list(range(last[0], last[0] + count)) if count else not last
+    rest = found[: len(found) - count]
+    for group in (rest[at : at + width] for at in range(0, len(rest), width)):
+        assert group == list(range(group[0], group[0] + width))
+    if count:  # no other piece between two groups would have been nearer
+        ends = [abs(int(lengths[at + count - 1]) - wanted) for at in range(0, len(rows) - count + 1, width)]
+        assert abs(int(lengths[last[-1]]) - wanted) == min(ends)
 
 
 def test_a_length_for_each_task_row():
@@ -290,6 +313,8 @@ def test_lengths_that_are_not_known():
         [{"text": "a"}],
         [{"input_ids": [1]}, {"input_ids": 3}],
         ["a"],
+        [{"input_ids": torch.tensor(3)}],
+        SimpleNamespace(column_names=["input_ids"], with_format=None),
         Dataset.from_dict({"text": ["a"]}),
         Dataset.from_dict({"input_ids": ["a", "b"]}),
         Dataset.from_dict({"input_ids": [[1], None]}),
@@ -338,3 +363,42 @@ class Hidden:
 
     def __getitem__(self, index):
         return self.rows[index]
+
+
+class OwnLoss(GeReTrainer):
+    """May take a mean over each batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+
+def uncounted(trainer):
+    trainer.model_accepts_loss_kwargs = False
+
+
+def flattened(trainer):
+    trainer.data_collator = DataCollatorWithFlattening()
+
+
+def own_function(trainer):
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum()
+
+
+def empty(trainer):
+    trainer._gere._replay_set = ReplaySet([], 0, {})
+
+
+@pytest.mark.parametrize(
+    ("cls", "change", "deals"),
+    [(GeReTrainer, None, True), (OwnLoss, None, False)]
+    + [(GeReTrainer, change, False) for change in (uncounted, flattened, own_function, empty)],
+)
+def test_rows_are_dealt_where_the_loss_counts_tokens(make_trainer, cls, change, deals):
+    """A loss that takes a mean over each batch would weigh the tokens of short rows more."""
+    trainer = make_trainer(cls, replay=0 if change is empty else 4)
+    if change is not None:
+        change(trainer)
+    sampler = trainer.get_train_dataloader().batch_sampler.sampler.sampler
+    assert (sampler.task_lengths is not None) is deals
+    if deals:
+        assert sampler.task_lengths.tolist() == [len(row["input_ids"]) for row in trainer.train_dataset]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import load_tiny
@@ -12,6 +14,7 @@ from test_lora import with_lora
 from test_objective import anchored, drifted, rows_of_a_step, step_gradient
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, Trainer
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
 from gere import checks, passes
@@ -241,6 +244,56 @@ def test_rows_go_along_once_and_in_a_call_with_a_gradient():
     assert watched.rows == [2, 3, 2, 1]
 
 
+def test_a_reference_with_its_adapter_disabled_is_not_the_first_call():
+    model, task, replay = with_lora(), batch_of([9, 9]), batch_of([9])
+    watched, replay_pass = Watched(model), make_pass(model)
+    with replay_pass.along(replay):
+        with model.disable_adapter():
+            model(**task).logits.detach()
+        model(**task)
+    assert watched.rows == [2, 3] and replay_pass(model, replay).logits.requires_grad
+
+
+@pytest.mark.parametrize("longer", ["task", "replay"])
+def test_a_parent_may_take_views_of_the_state(longer, monkeypatch):
+    """As Liger's loss does."""
+    monkeypatch.setattr(passes, "MOST_PADDING", TOGETHER)
+    model, seen = load_tiny(), []
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, args: seen.append(args[0].view(-1, 64)))
+    along(model, batch_of([9, 9] if longer == "replay" else [12, 9]), batch_of([11]))
+    assert [len(view) for view in seen] == [18 if longer == "replay" else 24, 11]
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(300, 8)
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        return (self.embed(input_ids),)
+
+
+class Plain(nn.Module):
+    """A model whose body has no config and gives a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_model, self.head = Body(), nn.Linear(8, 300)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
+        return CausalLMOutput(logits=self.head(self.base_model(input_ids, attention_mask)[0]))
+
+
+def test_a_body_without_a_config_called_by_position():
+    outputs, seen, rows = along(Plain(), batch_of([9, 9]), batch_of([9]), layers=[])
+    assert rows == [2, 1] and len(outputs.logits) == 2  # two arguments by position are not taken apart
+    assert seen.logits.shape == (1, 9, 300)
+
+
 def test_a_parent_that_never_calls_the_model_leaves_the_rows_to_themselves():
     model, replay = load_tiny(), batch_of([9])
     watched, replay_pass = Watched(model), make_pass(model)
@@ -257,6 +310,9 @@ def test_nothing_is_left_behind_by_an_error():
         raise RuntimeError("of the parent")
     decoder = decoder_of(model)
     assert not decoder._forward_hooks and not decoder._forward_pre_hooks
+    assert replay_pass._along is replay_pass._waiting is None and not replay_pass._beside
+    other = batch_of([9], seed=5)  # a caller that goes on, with a micro-step of replay rows alone
+    assert_same_numbers(replay_pass(model, other), make_pass(model, None)(model, other), other["attention_mask"])
     with replay_pass.along(None):
         outputs = model(**batch_of([9, 9]))
     assert len(outputs.logits) == 2
@@ -274,13 +330,15 @@ class Capped(type(load_tiny())):
         return outputs
 
 
-@pytest.mark.parametrize("kind", ["capped", "compiled", "whole micro-steps"])
+@pytest.mark.parametrize("kind", ["capped", "compiled", "reads rows", "whole micro-steps"])
 def test_a_run_whose_rows_cannot_or_need_not_go_along(make_trainer, kind, monkeypatch):
     monkeypatch.setattr(passes, "MOST_PADDING", TOGETHER)
     model = load_tiny()
     if kind == "capped":
         model.__class__ = Capped
     trainer = make_trainer(model=model, replay=4 if kind == "whole micro-steps" else 3)
+    if kind == "reads rows":
+        model.peft_config = {"default": SimpleNamespace(alora_invocation_tokens=[1, 2])}
     if kind == "compiled":
         model.model.layers[0].compile(backend="eager")
     trainer.get_train_dataloader()

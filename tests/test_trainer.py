@@ -145,7 +145,7 @@ def test_group_by_length(make_trainer, arguments, task):
     trainer.train()
     assert trainer.state.global_step == 3 and sampler is not None
     with trainer._gere_data(MixedDataset(task, 24), trainer.data_collator):
-        order = list(trainer._gere_sampler(trainer.train_dataset, trainer._get_train_sampler(task)).sampler)
+        order = list(trainer._gere_sampler(trainer.train_dataset, trainer._get_train_sampler(task), False).sampler)
     tasks = [index for index in order if index < len(task)]
     assert set(tasks) == set(range(len(task)))
     lengths = [len(task[index]["input_ids"]) for index in tasks[: len(task)]]
@@ -262,10 +262,7 @@ def test_a_loss_and_a_sampler_before_the_replay_see_task_rows_alone(make_trainer
     rows, collate = [], trainer.data_collator
     trainer.data_collator = lambda batch: rows.extend(batch) or collate(batch)
     trainer.train()
-    for step in range(3):  # a step has the rows of this order, those of one length side by side
-        ids, expected = ([row["input_ids"] for row in part[5 * step : 5 * step + 5]] for part in (rows, task))
-        assert sorted(ids) == sorted(expected) and list(map(len, ids)) == sorted(map(len, expected))
-    assert trainer.evaluate()["eval_loss"] > 0
+    assert rows[:15] == task[:15] and trainer.evaluate()["eval_loss"] > 0
     assert set(train_logs(trainer)[-1]) >= KEYS
 
 

@@ -53,10 +53,7 @@ class ReplayPass:
         self._reader = reader
         self._head = head
         self._autocast = autocast
-        self._waiting: Mapping[str, Tensor] | None = None
-        self._cut: _Cut | None = None
-        self._beside = False
-        self._along: _Along | None = None
+        self._call: _JointCall | None = None
 
     @property
     def joins(self) -> bool:
@@ -65,26 +62,16 @@ class ReplayPass:
 
     @contextmanager
     def along(self, batch: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """Let the rows of `batch` go along in the first call of the model with a gradient, if they fit there."""
-        self._along, self._beside = None, self.joins and batch is not None
-        if not self._beside:
+        """Let the rows of `batch` go along in the first call of the model that trains it, if they fit there."""
+        self._call = None
+        if self._head is None or batch is None:
             yield
             return
-        self._waiting = batch
-        with self._reader.reading():
-            hooks = (
-                self._decoder.register_forward_pre_hook(self._add, with_kwargs=True),
-                self._decoder.register_forward_hook(self._take),
-            )
-            try:
+        with self._reader.reading() as reader:
+            call = _JointCall(reader, batch)
+            with call.hooked(self._decoder):
                 yield
-            except BaseException:  # a caller that goes on has rows of another micro-step
-                self._along, self._beside = None, False
-                raise
-            finally:
-                for hook in hooks:
-                    hook.remove()
-                self._waiting = self._cut = None
+        self._call = call  # not of a parent that failed: a caller that goes on has rows of another micro-step
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Seen:
         """What the model gives for replay rows.
@@ -93,57 +80,69 @@ class ReplayPass:
             model: The wrapped model, as the trainer calls it.
             batch: Replay part of a mixed batch, the one that `along` was given if it was.
         """
-        along, beside = self._along, self._beside
-        self._along, self._beside = None, False
+        call, self._call = self._call, None
         mask = batch["attention_mask"]
-        if along is not None and self._head is not None:
+        if call is not None and call.states is not None and self._head is not None:
+            last, *states = call.states
             with self._autocast():
-                return Seen(along.states, self._head(along.last), mask)
-        if beside:
-            model = self._model
+                return Seen(states, self._head(last), mask)
+        called = model if call is None else self._model
         with _compat.uncompiled(), self._reader.reading() as reader:
-            logits = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
+            logits = called(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
             return Seen(reader.states, logits, mask)
+
+
+class _JointCall:
+    """The parent's call of a micro-step, and the replay rows that go along in it.
+
+    Args:
+        reader: Reads the states of the call.
+        batch: Replay part of the micro-batch.
+
+    Attributes:
+        states: States of the replay rows, the last one and those of the asked layers; `None` if they did not go along.
+    """
+
+    def __init__(self, reader: StateReader, batch: Mapping[str, Tensor]) -> None:
+        self.states: list[Tensor] | None = None
+        self._reader = reader
+        self._replay = _Tokens(batch["input_ids"], batch["attention_mask"])
+        self._decided = False
+        self._task: tuple[int, int] | None = None
+
+    @contextmanager
+    def hooked(self, decoder: nn.Module) -> Iterator[None]:
+        """Watch the calls of the decoder."""
+        hooks = (
+            decoder.register_forward_pre_hook(self._add, with_kwargs=True),
+            decoder.register_forward_hook(self._take),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _add(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the decoder: put the replay rows below those of the parent; the first call that trains decides."""
-        if self._waiting is None or not torch.is_grad_enabled() or has_disabled_adapter(decoder):
+        if self._decided or not torch.is_grad_enabled() or has_disabled_adapter(decoder):
             return None
-        batch, self._waiting = self._waiting, None
-        replay = _Tokens(batch["input_ids"], batch["attention_mask"])
-        task = _plain_tokens(decoder, args, kwargs)
+        self._decided = True
+        task, replay = _plain_tokens(decoder, args, kwargs), self._replay
         if task is None or not _fits(task.ids, replay.ids):
             return None
-        self._cut = _Cut(len(task.ids), task.ids.shape[1], replay.ids.shape[1])
-        return (), {
-            **kwargs,
-            "input_ids": _stack(task.ids, replay.ids),
-            "attention_mask": _stack(task.mask, replay.mask),
-        }
+        self._task = len(task.ids), task.ids.shape[1]
+        ids, mask = _stack(task.ids, replay.ids), _stack(task.mask, replay.mask)
+        return (), {**kwargs, "input_ids": ids, "attention_mask": mask}
 
     def _take(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Behind the decoder: keep the states of the replay rows, and hand on those of the parent's."""
-        if self._cut is None:
+        if self._task is None:
             return None
-        (rows, width, replay_width), self._cut = self._cut, None
-        last, *inner = (state[rows:, :replay_width] for state in (self._reader.state, *self._reader.states))
-        self._along = _Along(inner, last)
+        (rows, width), self._task = self._task, None
+        own = self._replay.ids.shape[1]
+        self.states = [state[rows:, :own] for state in (self._reader.state, *self._reader.states)]
         return _with_state(output, self._reader.state[:rows, :width].contiguous())  # Liger's loss takes views of it
-
-
-class _Cut(NamedTuple):
-    """The parent's rows in a call and the width that they had, and the width of the replay rows."""
-
-    rows: int
-    width: int
-    replay_width: int
-
-
-class _Along(NamedTuple):
-    """States of replay rows that went along: of the asked layers, and the last one, which the head reads."""
-
-    states: list[Tensor]
-    last: Tensor
 
 
 class _Tokens(NamedTuple):
@@ -169,9 +168,7 @@ def _plain_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 
 def _is_setting(value: Any) -> bool:
     """Whether an argument says nothing of single rows."""
-    return (
-        value is None or isinstance(value, bool | int | float | str) or (isinstance(value, Tensor) and not value.dim())
-    )
+    return not value.dim() if isinstance(value, Tensor) else isinstance(value, bool | int | float | str | None)
 
 
 def _fits(task: Tensor, replay: Tensor) -> bool:

@@ -310,7 +310,7 @@ def test_nothing_is_left_behind_by_an_error():
         raise RuntimeError("of the parent")
     decoder = decoder_of(model)
     assert not decoder._forward_hooks and not decoder._forward_pre_hooks
-    assert replay_pass._along is replay_pass._waiting is None and not replay_pass._beside
+    assert replay_pass._call is None
     other = batch_of([9], seed=5)  # a caller that goes on, with a micro-step of replay rows alone
     assert_same_numbers(replay_pass(model, other), make_pass(model, None)(model, other), other["attention_mask"])
     with replay_pass.along(None):

@@ -107,6 +107,7 @@ class MixedCollator:
 
     Attributes:
         anchor: Stored targets, once known; without it replay rows carry tokens alone.
+        spares_replay: Whether a rank without replay rows gets a spare one; not where no other waits for its call.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class MixedCollator:
         self.pad_id = pad_id
         self.spare = spare
         self.anchor: Anchor | None = None
+        self.spares_replay = True
         self._spare_replay = [shortest_row(rows)] if rows else []
 
     def __call__(self, rows: Sequence[TaskRow | ReplayRow]) -> dict[str, Any]:
@@ -132,8 +134,7 @@ class MixedCollator:
         batch: dict[str, Any] = {}
         if all_task:
             batch[TASK] = dict(self.task_collator(copy.copy(tasks or self._spare_tasks())))
-        if all_replay:
-            batch[REPLAY] = self.replay_batch(replay or self._spare_replay)
+        self._add_replay(batch, replay, all_replay)
         batch[ROWS] = (*here, all_task, all_replay)  # numbers, not a tensor: reading one would wait for the device
         return batch | _flat_tokens(batch.get(TASK), here[0])
 
@@ -146,9 +147,12 @@ class MixedCollator:
             indices: Replay rows for this rank.
         """
         batch: dict[str, Any] = {TASK: task, ROWS: tuple(counts)}
-        if counts.all_replay:
-            batch[REPLAY] = self.replay_batch(indices or self._spare_replay)
+        self._add_replay(batch, indices, counts.all_replay)
         return batch | _flat_tokens(task, counts.task)
+
+    def _add_replay(self, batch: dict[str, Any], rows: Sequence[int], everywhere: int) -> None:
+        if rows or (everywhere and self.spares_replay):
+            batch[REPLAY] = self.replay_batch(rows or self._spare_replay)
 
     def _spare_tasks(self) -> list[Any]:
         if self.spare is None:

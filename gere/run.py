@@ -220,6 +220,7 @@ class ReplayRun:
         self._pass = ReplayPass(model.inner, reader, base.head(row) if joins else None, model.autocast)
         if self._collator is not None:
             self._collator.anchor = self.anchor
+            self._collator.spares_replay = not joins
 
     def begin_step(self, rows: Sequence[RowCounts], ranks: int, divisor: int | None, own_mean: bool) -> None:
         """Note the rows of the optimizer step that follows.
@@ -242,11 +243,6 @@ class ReplayRun:
             return torch.nan_to_num(loss, 0.0, 0.0, 0.0) * 0.0  # a spare row may have nothing to learn
         self.meters.add({"task_loss": loss * self.share.logged_factor(rows)})
         return loss * self.share.task_factor(rows)
-
-    @property
-    def runs_spare(self) -> bool:
-        """Whether a process that has no replay row in a micro-step runs a spare one, since others wait for it."""
-        return self._pass is None or not self._pass.joins
 
     def along(self, batch: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
         """Let the replay part of a micro-batch go along in the parent's call of the model, if it can."""

@@ -174,14 +174,13 @@ class GeReMixin(_Parent):
             return parent(model, inputs, return_outputs, *args, **kwargs)
         rows = RowCounts(*inputs[ROWS])
         parts, outputs = [], None
-        replay = inputs.get(REPLAY) if rows.replay or self._gere.runs_spare else None
         if TASK in inputs:
-            with self._gere.along(replay):
+            with self._gere.along(inputs.get(REPLAY)):
                 task_loss = parent(model, dict(inputs[TASK]), return_outputs, *args, **kwargs)
             task_loss, outputs = task_loss if return_outputs else (task_loss, None)
             parts.append(self._gere.task_part(task_loss, rows.task))
-        if replay is not None:
-            parts.append(self._gere.replay_part(model, replay, rows.replay))
+        if REPLAY in inputs:
+            parts.append(self._gere.replay_part(model, inputs[REPLAY], rows.replay))
         loss = sum(parts[1:], parts[0])
         return (loss, outputs) if return_outputs else loss
 

@@ -364,14 +364,14 @@ def test_a_head_that_one_process_does_not_find_is_used_by_none(make_trainer):
     ready, prepare = [], trainer._gere.prepare
     trainer._gere.prepare = lambda model, *args, **kwargs: ready.append(model) or prepare(model, *args, **kwargs)
     trainer._gere_prepare(False)
-    assert trainer._gere._pass.joins and not trainer._gere.runs_spare
+    assert trainer._gere._pass.joins and not trainer._gere._collator.spares_replay
 
     def other_says_no(item):
         return [item, False if item is True else item]
 
     two = Ranks(0, 2, gather=other_says_no)
     prepare(ready[0]._replace(ranks=two), trainer.processing_class, resumed=False, progress=False)
-    assert not trainer._gere._pass.joins and trainer._gere.runs_spare
+    assert not trainer._gere._pass.joins and trainer._gere._collator.spares_replay
 
 
 def test_training_ends_where_two_calls_end(make_trainer, monkeypatch):

@@ -29,8 +29,8 @@ def refuse_settings(trainer: Any) -> None:
         UnsupportedSettingError: Naming the setting.
     """
     accelerator, args = trainer.accelerator, trainer.args
-    kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]
-    known = kind in ("NO", "DEEPSPEED", "FSDP") or kind.startswith("MULTI_")
+    kind = _kind(trainer)
+    known = kind in ("DEEPSPEED", "FSDP") or _is_whole(kind)
     split = bool(accelerator.dataloader_config.split_batches)
     several = bool(getattr(trainer, "is_model_parallel", False))
     parallel = _compat.parallel_sizes(trainer)
@@ -58,7 +58,7 @@ def refuse_settings(trainer: Any) -> None:
 def refuse_reentrant(trainer: Any, model: nn.Module) -> None:
     """Refuse reentrant checkpointing where a micro-step can hold task rows and replay rows.
 
-    It has two forward passes then, and DDP and ZeRO take the second backward pass through a weight for a fault.
+    It can have two forward passes then, and DDP and ZeRO take the second backward pass through a weight for a fault.
 
     Raises:
         UnsupportedSettingError: If such a micro-step can occur.
@@ -97,8 +97,7 @@ def may_join(trainer: Any, model: nn.Module) -> bool:
     Processes that hold a part of the weights each would have to agree on it before each call, and compiled code does
     not know a hook that came later.
     """
-    kind = str(trainer.accelerator.distributed_type).rsplit(".", 1)[-1]
-    whole = (kind == "NO" or kind.startswith("MULTI_")) and not is_sharded(model)
+    whole = _is_whole(_kind(trainer)) and not is_sharded(model)
     plain = not is_compiled(trainer.model_wrapped) and not reads_rows_itself(model)
     return whole and may_mix(trainer) and plain
 
@@ -124,14 +123,23 @@ def may_mix(trainer: Any) -> bool:
     return bool(trainer._gere.adding or not rows or rows % _rows_of_micro_step(trainer))
 
 
+def _kind(trainer: Any) -> str:
+    """How the processes share the work, by accelerate's name."""
+    return str(trainer.accelerator.distributed_type).rsplit(".", 1)[-1]
+
+
+def _is_whole(kind: str) -> bool:
+    """Whether each process holds the whole model: one process, or DDP."""
+    return kind == "NO" or kind.startswith("MULTI_")
+
+
 def _rows_of_micro_step(trainer: Any) -> int:
     return int(trainer.accelerator.num_processes * trainer._train_batch_size)
 
 
 def several_wrapped(trainer: Any) -> bool:
     """Whether the model is wrapped in what takes a second backward pass through a weight for a fault."""
-    accelerator = trainer.accelerator
-    return accelerator.num_processes > 1 or "DEEPSPEED" in str(accelerator.distributed_type)
+    return trainer.accelerator.num_processes > 1 or _kind(trainer) == "DEEPSPEED"
 
 
 def why_added(trainer: Any) -> str | None:

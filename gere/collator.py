@@ -97,7 +97,8 @@ class MixedCollator:
     The batch has no top-level `labels`: Trainer would gather counts of them on some ranks only. Top-level `input_ids`
     and `attention_mask` hold the task tokens in one dimension, for the trainer's token and FLOP counters. A part that
     other ranks have in this micro-step and this one has not is there all the same, made of one spare row, since ranks
-    that call the model a different number of times wait for each other for ever. `gere_rows` counts real rows only.
+    that call the model a different number of times wait for each other for ever; but see `spares_replay`.
+    `gere_rows` counts real rows only.
 
     Args:
         task_collator: The user's collator.

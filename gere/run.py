@@ -215,12 +215,13 @@ class ReplayRun:
         base = base_model(self.config, model, replay)
         self._objective = ReplayObjective(self._weight, distance, base.targets if isinstance(target, Live) else None)
         row = replay.rows[shortest_row(replay.rows)]
-        joins = model.joins and all(model.ranks.ask(lambda: base.head(row) is not None))
-        reader = StateReader(model.inner, target.layers)
-        self._pass = ReplayPass(model.inner, reader, base.head(row) if joins else None, model.autocast)
+        head = model.ranks.together(lambda: base.head(row)) if model.joins else None
+        if not all(model.ranks.gather(head is not None)):
+            head = None
+        self._pass = ReplayPass(model.inner, StateReader(model.inner, target.layers), head, model.autocast)
         if self._collator is not None:
             self._collator.anchor = self.anchor
-            self._collator.spares_replay = not joins
+            self._collator.spares_replay = not self._pass.joins
 
     def begin_step(self, rows: Sequence[RowCounts], ranks: int, divisor: int | None, own_mean: bool) -> None:
         """Note the rows of the optimizer step that follows.

@@ -95,7 +95,7 @@ def added_rows(
 ) -> list[list[list[int]]]:
     """Replay rows that are added to the batches of one optimizer step, where they cannot replace task rows.
 
-    They fill whole micro-steps from the end, one after another, so that as few as possible have two forward passes.
+    They fill whole micro-steps from the end, one after another, so that as few as possible hold both kinds.
 
     Args:
         num_replay: Replay rows in all.

@@ -19,16 +19,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.memory import process_bytes
-from gere.anchoring import ReadyModel, build_plan
-from gere.base_model import BaseModel
+from gere.session.anchor import ReadyModel, build_plan
+from gere.cache.base_model import BaseModel
 from gere.cache import build_anchor
 from gere.cache.build import partial_folder
 from gere.cache.distil import measure_noise
-from gere.cache.files import make_folder
+from gere._files import make_folder
 from gere.config import GeReConfig
 from gere.ranks import ALONE, Ranks
-from gere.replay import ReplaySet
-from gere.states import decoder_of
+from gere.replay.rows import ReplaySet
+from gere.model.states import decoder_of
 
 Rows = list[list[int]]
 

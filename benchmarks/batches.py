@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, LlamaConfig, Lla
 
 from benchmarks.experiment import read_jsonl
 from gere import GeReConfig, GeReTrainer
-from gere.collator import REPLAY, TASK
+from gere.replay.batch import REPLAY, TASK
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "examples" / "data"

@@ -23,8 +23,8 @@ from transformers import (
 from benchmarks.experiment import read_jsonl
 from benchmarks.turns import Timed
 from gere import GeReConfig, GeReTrainer
-from gere.replay import tokenize
-from gere.sampler import BatchInsertionSampler
+from gere.replay.rows import tokenize
+from gere.sampler.insertion import BatchInsertionSampler
 
 TINY = Path(__file__).resolve().parents[1] / "base_llms" / "llama-tiny-random"
 

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save
 
 from benchmarks.timing import Spread, interleaved, spread
-from gere.cache.codec import PER_BYTE
-from gere.cache.files import sha256
+from gere.losses.codes import PER_BYTE
+from gere._files import sha256
 from gere.cache.plan import PART_BYTES
 from gere.cache.store import MANIFEST, ROWS, manifest_bytes, shard_name
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.experiment import read_jsonl
 from gere.cache import BandRule, MeanStd, Quantiles, regions
-from gere.losses import top_k_kl, top_logits
+from gere.losses.kl import top_k_kl, top_logits
 
 RULES: tuple[BandRule, ...] = (*(MeanStd(width, 1e-3) for width in (0.5, 1.0, 1.5, 2.0)), Quantiles(0.16, 0.84))
 KEPT = (1, 16, 64, 256)

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import ratios, spread
 from gere.cache import pack, regions
-from gere.cache.codec import PER_BYTE
+from gere.losses.codes import PER_BYTE
 from gere.margin import chunks, fused_margin_sums
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from gere.states import decoder_of
+from gere.model.states import decoder_of
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer", "logging and other")
 DATA, FORWARD, LOSS, BACKWARD, OPTIMIZER, OTHER = PARTS

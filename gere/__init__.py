@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from gere.arguments import GeReArguments as GeReArguments
     from gere.config import GeReConfig as GeReConfig
     from gere.errors import GeReError as GeReError
-    from gere.evaluation import general_loss as general_loss
-    from gere.losses import threshold_margin as threshold_margin
-    from gere.sampler import BatchInsertionSampler as BatchInsertionSampler
+    from gere.evaluation.general import general_loss as general_loss
+    from gere.losses.margin import threshold_margin as threshold_margin
+    from gere.sampler.insertion import BatchInsertionSampler as BatchInsertionSampler
     from gere.trainer import GeReMixin as GeReMixin
     from gere.trainer import GeReSeq2SeqTrainer as GeReSeq2SeqTrainer
     from gere.trainer import GeReTrainer as GeReTrainer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -87,15 +86,11 @@ def counts_over_ranks(trainer: Any) -> bool:
     )
 
 
-def count_items(trainer: Any, collect: Any, tasks: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-    """Tokens of the task rows of a step, as the parent counts them, at least 1; `None` if its loss does not use them.
+def usable_count(trainer: Any, items: Any) -> Any:
+    """Tokens of the task rows of a step as the parent counted them, at least 1; `None` if its loss does not use them.
 
-    A rank that has spare rows alone counts 0 tokens, and its loss would be infinite.
+    A rank that has dummy rows alone counts 0 tokens, and its loss would be infinite.
     """
-    if hasattr(trainer, "_get_num_items_in_batch"):
-        items = trainer._get_num_items_in_batch(list(tasks), *args, **kwargs)
-    else:
-        items = collect(iter(tasks), len(tasks), *args, **kwargs)[1]
     if items is None or not loss_uses_count(trainer):
         return None
     return items.clamp(min=1) if isinstance(items, torch.Tensor) else max(1, items)

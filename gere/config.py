@@ -9,7 +9,16 @@ from typing import Any, Literal
 
 from gere.errors import ConfigError
 
-STRATEGIES = ("tm", "ce", "kl", "l1", "l2", "none")
+# One line for each strategy: its name, and the class that says what is kept of the base model and how far a row is from
+# it. The class is imported when it is used, since losses need torch.
+STRATEGIES = {
+    "tm": "gere.losses.margin:Margin",
+    "ce": "gere.losses.strategy:Strategy",
+    "kl": "gere.losses.kl:LogitImitation",
+    "l1": "gere.losses.imitation:AbsoluteImitation",
+    "l2": "gere.losses.imitation:SquaredImitation",
+}
+NO_REPLAY = "none"
 BANDS = ("mean_std", "quantile")
 LAST, EVERY = "last", "every"
 MOST_KEPT = 1024
@@ -100,7 +109,7 @@ class GeReConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        closed = {"replay_strategy": STRATEGIES, "replay_mode": MODES, "normalization": NORMALIZATIONS}
+        closed = {"replay_strategy": (*STRATEGIES, NO_REPLAY), "replay_mode": MODES, "normalization": NORMALIZATIONS}
         closed |= {"bands": BANDS, "self_prompt": PROMPTS}
         for name, choices in closed.items():
             value = getattr(self, name)

@@ -1,34 +1,64 @@
-"""`GeReTrainer`: wires replay into the hooks of `Trainer`, and computes nothing itself."""
+"""`GeReTrainer`: replay in `Trainer`'s own hooks. Batch insertion is in `sampler`, the base model's states in `cache`,
+the losses in `losses`; this file overrides `compute_loss` and the train sampler, and delegates to them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from gere import _compat, checks
-from gere.ability import GeneralAbilityCallback
-from gere.anchoring import ReadyModel, precision_name
-from gere.callbacks import AnchorCallback
-from gere.collator import REPLAY, ROWS, TASK, MixedDataset, RowCounts, countable_tasks
+from gere import _compat
 from gere.config import GeReConfig, require
-from gere.grouping import row_lengths
-from gere.run import ReplayRun
-from gere.sampler import BatchInsertionSampler, parent_order
-from gere.sharded import is_sharded
-from gere.states import refuse_unanchorable
+from gere.evaluation import GeneralAbilityCallback
+from gere.model.adapters import refuse_unanchorable
+from gere.model.sharded import is_sharded
+from gere.replay.batch import MicroBatch, MixedCollator, MixedDataset, RowCounts, unpacked
+from gere.sampler import BatchInsertionSampler, added_rows, parent_order
+from gere.session import checks, policy
+from gere.session.anchor import ReadyModel, precision_name, strategy_of
+from gere.session.callbacks import ReplayCallback
+from gere.session.checkpoint import loaded_key, read_key, write_key, write_weight
+from gere.session.plan import ReplayPlan, make_plan, read_settings
+from gere.session.session import ReplaySession, begin_session
+from gere.session.step import MicroStep, Steps, StepShare
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Parent
+
+    from gere.cache import Anchor
 else:
     _Parent = object
+
+logger = logging.getLogger("gere")
+
+
+class ReplayFacts(NamedTuple):
+    """What is known of the replay of a trainer.
+
+    Attributes:
+        active: Whether there is replay.
+        folder: Cache folder.
+        rows_per_step: Replay rows in each optimizer step over all ranks; 0 for no batch insertion.
+        texts: Texts of the replay set; `None` until the first data loader is made.
+        anchor: The anchor, with its `key` and `folder`; `None` until training begins.
+        weight: Weight of the distance before its cap; `None` until training begins, and where each row has its own.
+    """
+
+    active: bool
+    folder: Path
+    rows_per_step: int
+    texts: int | None
+    anchor: Anchor | None
+    weight: float | None
 
 
 class GeReMixin(_Parent):
@@ -37,7 +67,7 @@ class GeReMixin(_Parent):
     Args:
         *args: Arguments of the parent trainer.
         gere_hidden_state_saving_dir: Folder of the anchor, the base model's regions and losses on the replay set.
-        reuse_gere_hidden_state: Open an anchor that is there; `False` builds it anew.
+        reuse_gere_hidden_state: Reuse an anchor that is there; `False` rebuilds it.
         num_interpolate_per_batch: Replay rows in each optimizer step over all ranks. `None` or 0 for no batch
             insertion: the replay set is shuffled into each epoch once.
         w_strategy: Weight of the distance: `"auto"`, a number (or its string), or `"dy"` to follow the cross-entropy.
@@ -64,130 +94,198 @@ class GeReMixin(_Parent):
         gere_config: GeReConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        self._gere = ReplayRun(
+        self._gere = read_settings(
             gere_hidden_state_saving_dir, reuse_gere_hidden_state, num_interpolate_per_batch, w_strategy, gere_config
         )
+        self._gere_session: ReplaySession | None = None
+        self._gere_steps = Steps(type(self).__name__)
+        self._gere_checkpoint: Path | None = None
+        self._gere_why_added = ""
         super().__init__(*args, **_compat.with_processing_class(super().__init__, kwargs))
-        if self._gere.active:
-            refuse_unanchorable(self.model)
-            if type(self).compute_loss is not GeReMixin.compute_loss:
-                self.compute_loss = self._gere_outer_loss  # type: ignore[method-assign]
-            self.add_callback(AnchorCallback(self._gere_prepare, lambda: self._gere.end_step(self._gere_join)))
+        if not self._gere.active:
+            return
+        refuse_unanchorable(self.model)
+        if type(self).compute_loss is not GeReMixin.compute_loss:
+            # A subclass of this one has its own loss, which knows task rows alone. Replay goes around it.
+            self.compute_loss = partial(self._gere_loss, partial(type(self).compute_loss, self))  # type: ignore[method-assign]
+        self.add_callback(ReplayCallback(self._gere_begin, self._gere_steps.close, self._gere_end_step))
+
+    @property
+    def replay(self) -> ReplayFacts:
+        """What is known of the replay now."""
+        session, plan = self._gere_session, self.__dict__.get("_gere_plan")
+        return ReplayFacts(
+            active=self._gere.active,
+            folder=self._gere.folder,
+            rows_per_step=self._gere.rows_per_step,
+            texts=None if plan is None else len(plan.replay.rows),
+            anchor=None if session is None else session.anchor,
+            weight=None if session is None else session.weight.level,
+        )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the parent does; a checkpoint names the anchor of its run."""
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(str(self.args.output_dir))
-        self._gere.checkpoint = Path(checkpoint) if checkpoint else None
+        self._gere_checkpoint = Path(checkpoint) if checkpoint else None
         for callback in list(self.callback_handler.callbacks):
             if isinstance(callback, GeneralAbilityCallback):
                 callback.bind(self)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @cached_property
+    def _gere_plan(self) -> ReplayPlan:
+        return make_plan(
+            self._gere,
+            self.processing_class,
+            self.model,
+            _compat.ranks_of(self),
+            checkpoint=self._gere_checkpoint,
+            progress=self._gere_shows_progress,
+        )
 
     def get_train_dataloader(self) -> Any:
         """Data loader of the parent over task rows and replay rows."""
         if not self._gere.active or self.train_dataset is None:
             return super().get_train_dataloader()
         checks.refuse_settings(self)
-        replay = self._gere.replay_set(
-            self.processing_class, _compat.ranks_of(self), self.model, progress=self._gere_shows_progress
-        )
-        why, order = checks.why_added(self), None
+        plan = self._gere_plan
+        why = policy.why_added(self, self._gere.config.replay_mode)
         if why is None:
             task, collator = _compat.without_unused_columns(self)
             with self._gere_data(task, self.data_collator):
                 order = self._get_train_sampler(task)
-            why = checks.why_no_row_sampler(order)
+            why = policy.why_no_row_sampler(order, len(task))
         if why is not None:
-            checks.require_addable(self._gere.config.replay_mode, self._gere.replay_per_batch, why)
-            self._gere.collator(self.data_collator, self.processing_class)
-            self._gere.add_from_now_on(why, tell=self.is_world_process_zero())
+            self._gere_add_from_now_on(why)
             return super().get_train_dataloader()
-        self._gere.adding = False
-        mixed = MixedDataset(task, len(replay.rows))
-        deals = bool(replay.rows) and checks.may_deal(self)  # without replay: the parent's order, bit for bit
-        mixed_collator = self._gere.collator(collator, self.processing_class, mixed.spare)
-        with self._gere_data(mixed, mixed_collator, sampler=lambda *_: self._gere_sampler(mixed, order, deals)):
+        self._gere_why_added = ""
+        mixed = MixedDataset(task, len(plan.replay.rows))
+        sampler = self._gere_sampler(mixed, order, plan)
+        mixed.total_dataset_length = len(sampler)
+        with self._gere_data(mixed, MixedCollator(collator, mixed.dummy), sampler=lambda *_: sampler):
             return super().get_train_dataloader()
 
-    def _gere_sampler(self, dataset: MixedDataset, parent: Any, deals: bool) -> Sampler[Any]:
+    def _gere_sampler(self, dataset: MixedDataset, parent: Any, plan: ReplayPlan) -> _EpochOfTrainer:
         ranks = self.accelerator.num_processes
         sampler = BatchInsertionSampler(
             dataset.num_task,
             dataset.num_replay,
             batch_size=self._train_batch_size * ranks * self.args.gradient_accumulation_steps,
-            replay_per_batch=self._gere.replay_per_batch,
+            replay_per_batch=self._gere.rows_per_step,
             seed=self._gere_seed,
             micro_batch_size=self._train_batch_size,
             world_size=ranks,
             task_order=parent_order(parent, self._gere_seed),
             tasks_per_epoch=len(parent),
-            replay_lengths=self._gere.replay_lengths,
-            task_lengths=row_lengths(dataset.task) if deals else None,
+            replay_lengths=plan.lengths,
         )
-        dataset.total_dataset_length = len(sampler)
         return _EpochOfTrainer(sampler, self)
 
     @property
     def _gere_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
+    def _gere_add_from_now_on(self, why: str) -> None:
+        """Add replay rows to the batches, and replace none in them; say why, once."""
+        checks.require_addable(self._gere.config.replay_mode, self._gere.rows_per_step, why)
+        if self.is_world_process_zero() and not self._gere_why_added:
+            what = "Each optimizer step gets %d replay rows beside its task rows, and none is replaced, since %s."
+            logger.warning(what, self._gere.rows_per_step, why)
+        self._gere_why_added = why
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
-        """Collect the micro-batches of one optimizer step, and let the parent count the tokens of the task rows."""
-        samples, items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
-        if not samples or not self._gere.active:
+        """Collect the batches of one optimizer step as the parent does, and keep their replay rows aside."""
+        session = self._gere_session
+        if session is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
+        sent: list[MicroBatch] = []
+        batches = unpacked(epoch_iterator, sent, self.args.device)
+        samples, items = super().get_batch_samples(batches, num_batches, *args, **kwargs)
+        if not samples:
             return samples, items
-        ranks = _compat.ranks_of(self)
-        if self._gere.adding:
-            samples = self._gere.add_rows(
-                samples,
-                step=self.state.global_step,
-                seed=self._gere_seed,
-                rows=self._train_batch_size,
-                accumulation=self.args.gradient_accumulation_steps,
-                ranks=ranks,
-            )
-            items = items if _compat.loss_uses_count(self) else None
+        if len(sent) == len(samples):
+            rows, replay = [batch.rows for batch in sent], [batch.replay for batch in sent]
         else:
-            checks.require_replay(self, samples)
-            items = _compat.count_items(self, super().get_batch_samples, countable_tasks(samples), *args, **kwargs)
-        rows = [RowCounts(*sample[ROWS]) for sample in samples]
-        divisor = len(samples) if _compat.divides_by_accumulation(self, items) else None
-        self._gere.begin_step(rows, ranks.count, divisor, own_mean=not _compat.counts_over_ranks(self))
+            if not self._gere_why_added:
+                self._gere_add_from_now_on(f"{type(self).__name__} makes its own data loader")
+            rows, replay = self._gere_added_rows(len(samples))
+        items = _compat.usable_count(self, items)
+        dummy = [int(session.plan.lengths.argmin())]
+        micro_steps = []
+        for counts, own in zip(rows, replay, strict=True):
+            # Where others wait for this rank's call of the wrapped model, it runs a dummy row.
+            waits = counts.all_replay and (session.every_rank_calls or not counts.all_task)
+            micro_steps.append(MicroStep(own or (dummy if waits else []), counts))
+        self._gere_steps.begin(micro_steps, self._gere_share(rows, items))
+        if self._gere_steps.share.task_rows:
+            session.meters.step()
         return samples, items
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
-        """Loss of the parent for a plain batch; for a mixed one, its parts with their shares of the step."""
-        return self._gere_loss(super().compute_loss, model, inputs, return_outputs, *args, **kwargs)
+    def _gere_added_rows(self, micro_steps: int) -> tuple[list[RowCounts], list[list[int]]]:
+        """Replay rows that are added to the micro-steps of this rank, by (seed, global step, rank)."""
+        ranks, plan = _compat.ranks_of(self), self._gere_plan
+        whole = max(self.args.gradient_accumulation_steps, micro_steps)  # the last step of an epoch may be shorter
+        shares = added_rows(
+            len(plan.replay.rows),
+            -(-self._gere.rows_per_step * micro_steps // whole),
+            seed=self._gere_seed,
+            start=self.state.global_step * self._gere.rows_per_step,
+            micro_steps=micro_steps,
+            micro_batch_size=self._train_batch_size,
+            world_size=ranks.count,
+            lengths=plan.lengths,
+            rows_per_step=self._gere.rows_per_step,
+        )
+        tasks = self._train_batch_size
+        own = [by_rank[ranks.index] for by_rank in shares]
+        counts = [
+            RowCounts(tasks, len(here), tasks * ranks.count, sum(map(len, by_rank)))
+            for here, by_rank in zip(own, shares, strict=True)
+        ]
+        return counts, own
 
-    def _gere_outer_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
-    ) -> Any:
-        """The same around the loss of a class that stands before this one, which knows task rows alone, too."""
-        return self._gere_loss(partial(type(self).compute_loss, self), model, inputs, return_outputs, *args, **kwargs)
+    def _gere_share(self, rows: Sequence[RowCounts], items: Any) -> StepShare:
+        """How the parts of the step add up, by the rows of its micro-steps."""
+        ranks = self.accelerator.num_processes
+        task, _, all_task, all_replay = (sum(counts) for counts in zip(*rows, strict=True))
+        divisor = len(rows) if _compat.divides_by_accumulation(self, items) else None
+        # Where each rank divides by its own tokens, its losses add up to a mean over its own rows.
+        own_mean = all_task > 0 and not _compat.counts_over_ranks(self)
+        return StepShare(all_task, all_replay, ranks, divisor, task * ranks / all_task if own_mean else 1.0)
 
-    def _gere_loss(
-        self, parent: Callable[..., Any], model: Any, inputs: Any, return_outputs: bool, *args: Any, **kwargs: Any
-    ) -> Any:
-        if ROWS not in inputs:
-            return parent(model, inputs, return_outputs, *args, **kwargs)
-        rows = RowCounts(*inputs[ROWS])
-        parts, outputs = [], None
-        if TASK in inputs:
-            with self._gere.along(inputs.get(REPLAY)):
-                task_loss = parent(model, dict(inputs[TASK]), return_outputs, *args, **kwargs)
-            task_loss, outputs = task_loss if return_outputs else (task_loss, None)
-            parts.append(self._gere.task_part(task_loss, rows.task))
-        if REPLAY in inputs:
-            parts.append(self._gere.replay_part(model, inputs[REPLAY], rows.replay))
-        loss = sum(parts[1:], parts[0])
-        return (loss, outputs) if return_outputs else loss
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loss of the parent for the task rows, and of the replay rows of the micro-step, each with its share."""
+        return self._gere_loss(super().compute_loss, model, inputs, *args, **kwargs)
+
+    def _gere_loss(self, parent: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        session, steps = self._gere_session, self._gere_steps
+        # An evaluation computes losses without gradients, and those are the parent's alone.
+        if session is None or not (steps.open and torch.is_grad_enabled()):
+            return parent(model, inputs, *args, **kwargs)
+        step, share = steps.take(), steps.share
+        parts: list[Tensor] = []
+        others: tuple[Any, ...] = ()
+        if step.rows.all_task:
+            with steps.held():
+                found = parent(model, inputs, *args, **kwargs)
+            loss, *others = found if isinstance(found, tuple) else (found,)  # type: ignore[assignment]
+            parts.append(session.task_part(loss, step.rows.task, share))
+        if step.replay:
+            parts.append(session.replay_part(model, step, share))
+        total = sum(parts[1:], parts[0])
+        return (total, *others) if others else total
+
+    def _gere_end_step(self) -> None:
+        session = self._gere_session
+        if session is not None:
+            session.weight.end_step(self._gere_steps.end(), self._gere_join)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the parent does, with the averages of the replay since the last log."""
-        if self._gere.active and "loss" in logs:
-            logs = {**logs, **self._gere.meters.read(self._gere_join, self.args.device)}
+        if self._gere_session is not None and "loss" in logs:
+            logs = {**logs, **self._gere_session.meters.read(self._gere_join)}
         super().log(logs, *args, **kwargs)
 
     def _gere_join(self, vector: Tensor) -> Tensor:
@@ -197,25 +295,47 @@ class GeReMixin(_Parent):
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Save as the parent does, with the key of the anchor and the state of the weight."""
         super().save_model(output_dir, *args, **kwargs)
-        if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            self._gere.name_anchor(folder, self.model)
-            self._gere.save_weight(folder)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        session = self._gere_session
+        if session is not None:
+            write_key(folder, session.anchor.key)
+            write_weight(folder, session.weight.state_dict())
+            return
+        # Training without replay hands on what its model was given, since it is still tuned from that base.
+        key = read_key(self._gere_checkpoint) or loaded_key(self.model)
+        if key is not None:
+            write_key(folder, key)
 
-    def _gere_prepare(self, resumed: bool) -> None:
+    def _gere_begin(self) -> None:
+        """Open or build the anchor: the model is ready, and no step has been taken."""
         inner = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
-        checks.refuse_reentrant(self, inner)
-        checks.refuse_hidden_layers(self._gere.layers_of(inner), inner)
+        adding = bool(self._gere_why_added)
+        mixes = policy.may_mix(self, self._gere.rows_per_step, adding=adding)
+        checks.refuse_reentrant(self, inner, mixes=mixes, adding=adding)
+        sharded = is_sharded(inner)
         model = ReadyModel(
             inner=inner,
             device=self.args.device,
             autocast=self.accelerator.autocast,
             precision=precision_name(self.accelerator.mixed_precision, self.args.tf32),
-            fresh=self.model_init is not None,
-            ranks=_compat.ranks_of(self, lockstep=is_sharded(inner)),
-            joins=checks.may_join(self, inner),
+            ranks=_compat.ranks_of(self, lockstep=sharded),
         )
-        self._gere.prepare(model, self.processing_class, resumed=resumed, progress=self._gere_shows_progress)
+        checks.refuse_hidden_layers(strategy_of(self._gere, model).layers, inner)
+        # A second `train()` of the same model keeps the anchor of the first, since the weights have moved.
+        same = self._gere_checkpoint is None and self.model_init is None
+        self._gere_session = begin_session(
+            self._gere_plan,
+            model,
+            checkpoint=self._gere_checkpoint,
+            previous=self._gere_session if same else None,
+            every_rank_calls=sharded or not policy.is_whole(policy.kind_of(self)),
+            progress=self._gere_shows_progress,
+        )
+        if self.args.should_save:
+            # A model that is saved past the trainer, or by a killed run, must not be taken for a base later.
+            write_key(Path(str(self.args.output_dir)), self._gere_session.anchor.key)
 
     @property
     def _gere_shows_progress(self) -> bool:
@@ -223,13 +343,11 @@ class GeReMixin(_Parent):
 
     @contextmanager
     def _gere_data(self, dataset: Any, collator: Any, sampler: Callable[..., Any] | None = None) -> Iterator[None]:
-        """Show the parent another training set, collator and sampler for a moment; the user's stay as they are.
-
-        The sampler is set on the instance, so that it is the outermost even if a subclass of this class has its own.
-        """
+        """Show the parent another training set, collator and sampler for a moment; the user's stay as they are."""
         kept = self.train_dataset, self.data_collator
         self.train_dataset, self.data_collator = dataset, collator
         if sampler is not None:
+            # On the instance, so that it is the outermost even if a subclass of this class has its own.
             self._get_train_sampler = sampler
         try:
             yield

@@ -14,11 +14,12 @@ from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 
-from gere import GeneralAbilityCallback, GeReConfig, GeReTrainer, passes
+from gere import GeneralAbilityCallback, GeReConfig, GeReTrainer
+from gere.model import forward as passes
 from gere.ability import Question
-from gere.base_model import BaseModel
+from gere.cache.base_model import BaseModel
 from gere.cache.distil import Part
-from gere.collator import REPLAY, ROWS, TASK
+from gere.replay.batch import REPLAY, ROWS, TASK
 
 DEFAULTS = {
     "strategy": "ddp",

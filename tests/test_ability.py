@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from gere import GeneralAbilityCallback, GeReTrainer, general_loss
 from gere.ability import Question, choice_accuracy, option_scores, read_questions
-from gere.ability.choices import encode
+from gere.evaluation.choices import encode
 from gere.errors import ConfigError, MissingPackageError, QuestionError, TokenizerError
 from gere.ranks import Ranks
 

@@ -14,8 +14,8 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import DataCollatorForSeq2Seq, Trainer, trainer_pt_utils
 
 from gere import gere_trainer
-from gere.collator import REPLAY, ROWS, TASK
-from gere.sampler import added_rows, replay_stream
+from gere.replay.batch import REPLAY, ROWS, TASK
+from gere.sampler.insertion import added_rows, replay_stream
 
 KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
 

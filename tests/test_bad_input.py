@@ -30,8 +30,9 @@ from gere.errors import (
     UnsupportedModelError,
     UnsupportedSettingError,
 )
-from gere.replay import load_replay_set, load_texts
-from gere.states import is_reentrant
+from gere.replay.rows import load_replay_set
+from gere.replay.texts import load_texts
+from gere.model.states import is_reentrant
 
 TEXTS = ["One text of several words.", "Another text, a little longer than the first."]
 

@@ -35,9 +35,9 @@ from gere.cache import (
     regions,
     unpack,
 )
-from gere.cache import files as cache_files
+from gere import _files as cache_files
 from gere.cache.fingerprint import key_of
-from gere.cache.plan import batches_by_length
+from gere.model.batching import batches_by_length
 from gere.cache.store import read_manifest
 from gere.errors import CacheCorruptError, CacheFolderError, CacheMismatchError, NonFiniteStateError
 

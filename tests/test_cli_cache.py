@@ -22,12 +22,12 @@ from processes import finish, free_port
 from test_lora import with_lora
 from transformers import AutoModelForCausalLM
 
-from gere.base_model import BaseModel
+from gere.cache.base_model import BaseModel
 from gere.cache.fingerprint import text_digest
 from gere.cache.store import manifest_bytes
 from gere.cli.main import main, make_parser
 from gere.cli.settings import read_settings
-from gere.named import keys_in_runs
+from gere.session.named import keys_in_runs
 
 HEAVY = "print('heavy:', *sorted({'torch', 'transformers', 'datasets', 'yaml'} & set(sys.modules)))"
 KEYS = [letter * 32 for letter in "abcdef"]
@@ -250,7 +250,7 @@ def test_help_names_every_setting(capsys):
 @pytest.fixture
 def cache(tmp_path):
     """A cache folder with three anchors, made of small files with true hashes, and all that kills leave."""
-    from gere.cache.files import sha256
+    from gere._files import sha256
 
     root = tmp_path / "saving"
     keys = []

@@ -12,10 +12,10 @@ from conftest import ROOT, TINY, load_tiny
 from test_self_replay import small
 
 from gere import GeReConfig
-from gere.anchoring import write_key
+from gere.session.anchor import write_key
 from gere.cli.main import main
-from gere.cli.report import Record, describe, without_repeats
-from gere.replay import load_texts
+from gere.cli.replay_stats import Record, describe, without_repeats
+from gere.replay.texts import load_texts
 from gere.writing import base_texts
 
 

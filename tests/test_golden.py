@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from gere.cache import pack, regions, unpack
-from gere.losses import next_token_ce, threshold_margin
+from gere.losses.cross_entropy import next_token_ce
+from gere.losses.margin import threshold_margin
 
 GOLDEN = Path(os.environ.get("GERE_DATA", "")) / "golden" / "official_rows.safetensors"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_file(), reason="GERE_DATA is not set to the recorded values")

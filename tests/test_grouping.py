@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
 from gere import GeReTrainer
-from gere.collator import REPLAY, TASK, MixedCollator
+from gere.replay.batch import REPLAY, TASK, MixedCollator
 from gere.errors import ConfigError
-from gere.grouping import grouped, put_last, row_lengths, step_sizes
-from gere.replay import ReplaySet
-from gere.sampler import BatchInsertionSampler, added_rows, replay_stream
+from gere.sampler.lengths import grouped, put_last, row_lengths, step_sizes
+from gere.replay.rows import ReplaySet
+from gere.sampler.insertion import BatchInsertionSampler, added_rows, replay_stream
 
 
 def some_lengths(size, seed):

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gere.cache.targets import Likeliest
-from gere.losses import TopLogits, l1_distance, l2_distance, top_k_kl, top_logits
+from gere.losses.targets import Likeliest
+from gere.losses.kl import TopLogits, top_k_kl, top_logits
+from gere.losses.imitation import l1_distance, l2_distance
 
 CASES = range(200)
 

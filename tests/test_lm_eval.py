@@ -20,9 +20,10 @@ from processes import run
 from transformers import Trainer
 
 from gere import GeneralAbilityCallback, GeReTrainer
-from gere.ability import Question, choice_accuracy, harness_scores, option_scores, read_questions
-from gere.ability.harness import load_tasks
-from gere.ability.harness_scores import harness_accuracy
+from gere.ability import Question, choice_accuracy, option_scores, read_questions
+from gere.evaluation import lm_eval_scores as harness_scores
+from gere.evaluation.lm_eval import load_tasks
+from gere.evaluation.lm_eval_scores import harness_accuracy
 from gere.continual.sequence import _ability
 from gere.errors import ConfigError, MissingPackageError, QuestionError
 from gere.ranks import Ranks

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gere.cache import regions
-from gere.losses import next_token_ce, threshold_margin
+from gere.losses.cross_entropy import next_token_ce
+from gere.losses.margin import threshold_margin
 
 CASES = range(200)
 

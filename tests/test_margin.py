@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from gere.cache import pack, regions, unpack
-from gere.distances import MarginDistance, Seen
+from gere.losses.distances import MarginDistance, Seen
 from gere.errors import CacheMismatchError
-from gere.losses import margin_sums
+from gere.losses.margin import margin_sums
 from gere.margin import chunks, fused_margin_sums, plain
 from gere.margin.operands import Operands
 from gere.margin.trust import CheckedKernels, small_case

@@ -17,13 +17,14 @@ from transformers import DataCollatorForSeq2Seq, Trainer
 
 from gere import GeReConfig, GeReMixin, GeReTrainer
 from gere.cache import Bands, pack, regions
-from gere.collator import REPLAY, ROWS, TASK, MixedCollator, ReplayRow, TaskRow
-from gere.distances import make_distance
-from gere.objective import ReplayObjective, StepShare
-from gere.passes import ReplayPass
-from gere.replay import ReplaySet
-from gere.states import StateReader, depth_of
-from gere.weights import FixedWeight
+from gere.replay.batch import REPLAY, ROWS, TASK, MixedCollator, ReplayRow, TaskRow
+from gere.losses.distances import make_distance
+from gere.losses.objective import ReplayObjective
+from gere.session.step import StepShare
+from gere.model.forward import ReplayPass
+from gere.replay.rows import ReplaySet
+from gere.model.states import StateReader, depth_of
+from gere.losses.weighting import FixedWeight
 
 SPLITS = [(16, 1), (8, 2), (4, 4), (1, 16)]  # accumulation steps x rows of a micro-batch
 

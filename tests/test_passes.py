@@ -17,11 +17,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
-from gere import checks, passes
-from gere.collator import REPLAY, TASK
-from gere.passes import ReplayPass
+from gere.session import checks
+from gere.model import forward as passes
+from gere.replay.batch import REPLAY, TASK
+from gere.model.forward import ReplayPass
 from gere.ranks import Ranks
-from gere.states import StateReader, decoder_of, depth_of
+from gere.model.states import StateReader, decoder_of, depth_of
 
 TOGETHER, APART = 1e9, -1.0
 INNER = {"layers": [1, 2]}

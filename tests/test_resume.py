@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from gere.collator import MixedCollator, TaskRow
+from gere.replay.batch import MixedCollator, TaskRow
 from gere.errors import CacheMissingError
 
 SCRIPT = """

@@ -12,7 +12,7 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from gere.errors import ConfigError
-from gere.sampler import BatchInsertionSampler, parent_order
+from gere.sampler.insertion import BatchInsertionSampler, parent_order
 
 
 @st.composite

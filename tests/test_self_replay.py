@@ -14,7 +14,7 @@ from test_lora import with_lora, with_own_adapter
 from test_ranks import on_all, thread_ranks
 
 from gere import GeReConfig
-from gere.cache.collect import collect
+from gere.cache.gc import collect
 from gere.cache.fingerprint import text_digest
 from gere.cache.replay_files import find_texts, keep_texts, open_texts
 from gere.errors import (
@@ -27,9 +27,10 @@ from gere.errors import (
     UnsupportedModelError,
     UnsupportedSettingError,
 )
-from gere.replay import load_texts, tokenize
+from gere.replay.texts import load_texts
+from gere.replay.rows import tokenize
 from gere.writing import base_texts
-from gere.writing.continuation import Writer
+from gere.model.generate import Writer
 from gere.writing.dialogue import take_apart
 from gere.writing.drawing import draw
 from gere.writing.sampling import TextSampler, prompt_of
@@ -230,7 +231,7 @@ def test_an_answer_that_ended_is_closed(model, chat_tokenizer, monkeypatch):
     def go_on(self, contexts, most, stops):
         assert stops >= {chat_tokenizer.eos_token_id}
         word = chat_tokenizer("Why not", add_special_tokens=False)["input_ids"]
-        from gere.writing.continuation import Continuation
+        from gere.model.generate import Continuation
 
         return [Continuation(word, row == 0) for row in range(len(contexts))]
 
@@ -247,7 +248,7 @@ def test_template_that_ends_a_turn_by_plain_words(model, chat_tokenizer, monkeyp
     answers = iter(["Why so? [END] and more", "No."])
 
     def go_on(self, contexts, most, stops):
-        from gere.writing.continuation import Continuation
+        from gere.model.generate import Continuation
 
         ids = chat_tokenizer(next(answers), add_special_tokens=False)["input_ids"]
         return [Continuation(ids, False) for _ in contexts]

@@ -10,9 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 
-from gere import passes
-from gere.collator import REPLAY, TASK
-from gere.states import decoder_of
+from gere.model import forward as passes
+from gere.replay.batch import REPLAY, TASK
+from gere.model.states import decoder_of
 
 # Operations whose result, or its shape, the host has to wait for on a GPU.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero", "bincount")

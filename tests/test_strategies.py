@@ -15,10 +15,10 @@ from test_losses import oracle_ce, oracle_margin
 from transformers import AutoModelForCausalLM
 
 from gere.cache import Anchor, MeanStd, Moments, Quantiles, regions, unpack
-from gere.collator import REPLAY, ROWS
+from gere.replay.batch import REPLAY, ROWS
 from gere.config import parse_layers
 from gere.errors import CacheMismatchError, ConfigError, UnsupportedModelError
-from gere.states import StateReader, depth_of, layers_of
+from gere.model.states import StateReader, depth_of, layers_of
 
 DISTANCES = ("tm", "kl", "l1", "l2")
 FIELDS = {

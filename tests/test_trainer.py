@@ -14,11 +14,11 @@ from torch.utils.data import SequentialSampler
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 from gere import GeReConfig, GeReSeq2SeqTrainer, GeReTrainer, gere_trainer
-from gere.base_model import BaseModel
+from gere.cache.base_model import BaseModel
 from gere.cache import States
-from gere.collator import TASK, MixedDataset
+from gere.replay.batch import TASK, MixedDataset
 from gere.errors import CacheMismatchError, ConfigError
-from gere.states import depth_of
+from gere.model.states import depth_of
 
 KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
 

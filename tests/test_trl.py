@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gere import GeReConfig, gere_trainer
-from gere.collator import ROWS, TASK
+from gere.replay.batch import ROWS, TASK
 
 trl = pytest.importorskip("trl")
 peft = pytest.importorskip("peft")

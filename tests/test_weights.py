@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import load_tiny
 
-from gere.collator import REPLAY, ROWS
+from gere.replay.batch import REPLAY, ROWS
 from gere.errors import CacheCorruptError, ConfigError, UnsupportedSettingError
-from gere.passes import ReplayPass
-from gere.states import StateReader
-from gere.weight_file import WEIGHT_FILE, read_weight, write_weight
-from gere.weights import CALIBRATION_ROWS, AutoWeight, auto_nats, make_weight
+from gere.model.forward import ReplayPass
+from gere.model.states import StateReader
+from gere.session.checkpoint import WEIGHT_FILE, read_weight, write_weight
+from gere.losses.weighting import CALIBRATION_ROWS, AutoWeight, auto_nats, make_weight
 
 ORDERS = {"tm": 2, "kl": 2, "l2": 2, "l1": 1}
 SQUARE = SimpleNamespace(order=2, name="a square")

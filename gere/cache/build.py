@@ -9,11 +9,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from gere.cache.distil import Part, distil_parts, measure_noise
+from gere._files import make_folder, sha256, sync_folder
+from gere.cache.distil import Part, distil_parts, measure_noise, token_size
 from gere.cache.encode import encode
-from gere.cache.files import make_folder, sha256, sync_folder
+from gere.cache.multi_node import spread_files
 from gere.cache.plan import BuildPlan, Distil, parts_of
-from gere.cache.shares import spread_files
 from gere.cache.store import MANIFEST, read_manifest, verify_files
 from gere.errors import CacheCorruptError, CacheError
 from gere.ranks import ALONE, Ranks
@@ -44,11 +44,16 @@ def build_anchor(
     ranks.together(lambda: make_folder(partial))
     complete = ranks.ask(lambda: _is_complete(partial))
     if not any(complete):
-        noise = measure_noise(partial, plan, distil, ranks) if plan.target.constants_file else None
-        groups = parts_of(plan, 0 if noise is None else noise.width)
+        noise = None
+        width = 0
+        if plan.strategy.wants_parts:
+            width = token_size(partial, plan, distil, ranks)
+        if plan.strategy.constants_file:
+            noise = measure_noise(partial, plan, distil, ranks)
+        groups = parts_of(plan, width)
         parts = [Part(partial, number, batches, plan) for number, batches in enumerate(groups)]
         owners = distil_parts(parts, plan, distil, ranks, progress=progress)
-        encode(partial, plan, parts, owners, noise and noise.change, ranks, leads=leads)
+        encode(partial, plan, parts, owners, noise, ranks, leads=leads)
     done = leads and (complete[ranks.index] or not any(complete))
     ranks.together(lambda: _publish(partial, folder) if done else None)
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gere.cache.files import require_space, sha256
+from gere._files import require_space, sha256
+from gere.cache.multi_node import deal
 from gere.cache.parts import load_part, read_part, store_part
-from gere.cache.plan import BuildPlan, Distil, Distilled, shortest_row
-from gere.cache.shares import deal
+from gere.cache.plan import BuildPlan, Distil, Distilled
 from gere.errors import NonFiniteStateError
+from gere.model.batching import shortest_row
 from gere.ranks import Ranks
 
 NOISE_ROWS = 8
@@ -23,26 +23,11 @@ NOISE_ROWS = 8
 Kept = dict[str, Tensor]
 
 
-class Noise(NamedTuple):
-    """How much of a token is kept, and how far rounding alone changes it.
-
-    Attributes:
-        change: Largest change of each dimension, shape [d].
-        width: Numbers that are kept of a token.
-    """
-
-    change: Tensor
-    width: int
-
-
-def measure_noise(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) -> Noise:
-    """Largest change of what is kept when rows are evaluated alone and in a padded batch.
-
-    The kernels round differently for other shapes; an element on the edge of its region would then seem violated on
-    the untouched model. The first process evaluates the batch and the last one the rows alone, for all.
+def token_size(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) -> int:
+    """How many numbers are kept of a token, after making sure that the disk has room for all of them.
 
     Args:
-        partial: Folder of the unfinished anchor, where the result is kept.
+        partial: Folder of the unfinished anchor.
         plan: What is built.
         distil: Runs the base model.
         ranks: All processes; each must call this.
@@ -51,40 +36,64 @@ def measure_noise(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) 
         CacheFolderError: If the disk has no room for what is kept.
         RankFailedError: If another process failed.
     """
+    row = plan.rows[shortest_row(plan.rows)]
+    kept = _call(ranks, distil, [row], needed=True)
+    shapes = [(values[0].numel(), values.element_size()) for values in (kept.kept[0] if kept else {}).values()]
+    width = sum(count for count, _ in shapes)
+    size = sum(count * bytes_each for count, bytes_each in shapes)
+    need = sum(map(len, plan.rows)) * _bytes_needed(plan, width, size)
+    ranks.together(lambda: require_space(partial, int(need)))
+    return width
+
+
+def _bytes_needed(plan: BuildPlan, width: int, size: int) -> float:
+    """Bytes of a token on the disk while it is built: what waits in a part, and beside it what comes of it."""
+    strategy = plan.strategy
+    shard = size if strategy.shard_bytes is None else width * strategy.shard_bytes
+    return (size if strategy.wants_parts else 0) + (shard if strategy.kind else 0)
+
+
+def measure_noise(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) -> Tensor:
+    """Largest change of each dimension, [d], when rows are evaluated alone and in a padded batch.
+
+    The kernels round differently for other shapes. An element on the edge of its region would then seem violated on the
+    untouched model, and `w_strategy="dy"` would pull at it as hard as the cross-entropy does. The first process
+    evaluates the batch and the last one the rows alone, for all.
+
+    Args:
+        partial: Folder of the unfinished anchor, where the result is kept.
+        plan: What is built.
+        distil: Runs the base model.
+        ranks: All processes; each must call this.
+
+    Raises:
+        RankFailedError: If another process failed.
+    """
     longest = max(plan.rows, key=len)
     count = max(1, min(NOISE_ROWS, plan.batch_tokens // len(longest) - 1))
     by_length = sorted(plan.rows, key=len)
     rows = by_length[:: max(1, len(by_length) // count)][:count]
     path = partial / "noise-part.safetensors"
-    tag = sha256(repr((plan.target.field, rows)).encode())
+    tag = sha256(repr((plan.strategy.field, rows)).encode())
     stored = ranks.ask(lambda: load_part(path, tag) if ranks.index == 0 else None)[0]
     if stored is not None:
-        return Noise(stored["noise"], int(stored["width"]))
+        return stored["noise"]
 
-    def evaluate() -> tuple[list[Kept] | None, list[Kept] | None]:
-        first, last = ranks.index == 0, ranks.index == ranks.count - 1
-        padded = [_apart(kept) for kept in distil([*rows, longest]).kept[:-1]] if first or ranks.lockstep else None
-        alone = [_apart(distil([row]).kept[0]) for row in rows] if last or ranks.lockstep else None
-        return padded if first else None, alone if last else None
+    def evaluate() -> tuple[list[Kept], list[Kept]]:
+        padded: list[Kept] = []
+        alone: list[Kept] = []
+        # Where the weights are spread, every process must take part in every forward pass.
+        if ranks.index == 0 or ranks.lockstep:
+            padded = [_apart(kept) for kept in distil([*rows, longest]).kept[:-1]]
+        if ranks.index == ranks.count - 1 or ranks.lockstep:
+            alone = [_apart(distil([row]).kept[0]) for row in rows]
+        return padded, alone
 
     found = ranks.gather(evaluate()) if ranks.lockstep else ranks.ask(evaluate)
-    padded, alone = found[0][0] or [], found[-1][1] or []
-    change = [plan.target.change(*pair) for pair in zip(alone, padded, strict=True)]
+    change = [plan.strategy.change(*pair) for pair in zip(found[-1][1], found[0][0], strict=True)]
     noise = torch.cat(change).amax(dim=0)
-    shapes = [(values[0].numel(), values.element_size()) for values in alone[0].values()]
-    width, size = sum(n for n, _ in shapes), sum(n * size for n, size in shapes)
-    need = sum(map(len, plan.rows)) * _bytes_needed(plan, width, size)
-    ranks.together(lambda: require_space(partial, int(need)))
-    content = {"noise": noise, "width": torch.tensor(width)}
-    ranks.together(lambda: store_part(path, content, tag) if ranks.index == 0 else None)
-    return Noise(noise, width)
-
-
-def _bytes_needed(plan: BuildPlan, width: int, size: int) -> float:
-    """Bytes of a token on the disk while it is built: what waits in a part, and beside it what comes of it."""
-    target = plan.target
-    shard = size if target.shard_bytes is None else width * target.shard_bytes
-    return (size if target.wants_parts else 0) + (shard if target.kind else 0)
+    ranks.together(lambda: store_part(path, {"noise": noise}, tag) if ranks.index == 0 else None)
+    return noise
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> Kept:
@@ -120,16 +129,16 @@ class Part:
         return load_part(self.path, self.tag) is not None
 
     def read(self) -> dict[str, Tensor]:
-        """Its `row`, `ce` and what the target keeps; errors as in `load_part`."""
+        """Its `row`, `ce` and what the strategy keeps; errors as in `load_part`."""
         return read_part(self.path, self.tag)
 
     def kept(self) -> dict[str, Tensor]:
-        """What the target keeps of its tokens."""
+        """What the strategy keeps of its tokens."""
         return {name: values for name, values in self.read().items() if name not in ("row", "ce")}
 
     def take(self, batch: list[int], output: Distilled, plan: BuildPlan) -> None:
         """Keep what the model said about a batch; with the last one the file is written."""
-        ce, kept = output.ce.float().cpu(), [_on_cpu(row) for row in output.kept] if plan.target.wants_parts else []
+        ce, kept = output.ce.float().cpu(), [_on_cpu(row) for row in output.kept] if plan.strategy.wants_parts else []
         _require_finite(ce, kept, batch)
         self._ce.append(ce)
         self._kept += kept

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from gere._files import sha256, write_atomic
 from gere.cache.distil import Part
-from gere.cache.files import sha256, write_atomic
+from gere.cache.multi_node import spread_files
 from gere.cache.plan import BuildPlan
-from gere.cache.shares import spread_files
 from gere.cache.store import MANIFEST, ROWS, manifest_bytes, shard_name
-from gere.cache.targets import Target, Tensors
+from gere.losses.strategy import Strategy, Tensors
 from gere.ranks import Ranks
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ def encode(
         plan: What is built.
         parts: All parts.
         owners: The rank that has each part.
-        noise: Largest change of what is kept by rounding, shape [d]; `None` if nothing is kept of a token.
+        noise: Largest change of what is kept by rounding, shape [d]; `None` if the strategy has no constants.
         ranks: All processes; each must call this.
         leads: Whether this process writes for its disk.
 
@@ -48,13 +48,13 @@ def encode(
         RankFailedError: If another process failed.
     """
     mine = [part for part, owner in zip(parts, owners, strict=True) if owner == ranks.index]
-    target = plan.target
+    strategy = plan.strategy
     constants = {} if noise is None else _constants(plan, parts, mine, noise, ranks)
     encoded = _in_order(
-        ranks.ask(lambda: {part.number: _encode_part(partial, part, target, constants) for part in mine})
+        ranks.ask(lambda: {part.number: _encode_part(partial, part, strategy, constants) for part in mine})
     )
     held = zip([part.digest for part in encoded], owners, strict=True)
-    shards = {shard_name(target.kind, number): place for number, place in enumerate(held)} if target.kind else {}
+    shards = {shard_name(strategy.kind, number): place for number, place in enumerate(held)} if strategy.kind else {}
     spread_files(partial, shards, ranks, leads=leads)
     digests = {name: digest for name, (digest, _) in shards.items()}
     ranks.together(lambda: _finish(partial, plan, encoded, constants, digests) if leads else None)
@@ -79,16 +79,16 @@ def _constants(plan: BuildPlan, parts: Sequence[Part], mine: Sequence[Part], noi
     """What holds for all tokens; the summaries of the parts are put together in their order, whoever has them."""
     total = sum(part.tokens for part in parts)
     first = list(accumulate((part.tokens for part in parts), initial=0))
-    summarize = lambda: {p.number: plan.target.summary(p.kept(), total, first[p.number]) for p in mine}  # noqa: E731
-    return plan.target.constants(_in_order(ranks.ask(summarize)), noise)
+    summarize = lambda: {p.number: plan.strategy.summary(p.kept(), total, first[p.number]) for p in mine}  # noqa: E731
+    return plan.strategy.constants(_in_order(ranks.ask(summarize)), noise)
 
 
-def _encode_part(partial: Path, part: Part, target: Target, constants: Tensors) -> _Encoded:
+def _encode_part(partial: Path, part: Part, strategy: Strategy, constants: Tensors) -> _Encoded:
     stored = part.read()
     row, ce = stored.pop("row"), stored.pop("ce")
-    if not target.kind:
+    if not strategy.kind:
         return _Encoded(row, ce, "", 0)
-    digest = _write(partial / shard_name(target.kind, part.number), save(target.encode(stored, constants)))
+    digest = _write(partial / shard_name(strategy.kind, part.number), save(strategy.encode(stored, constants)))
     return _Encoded(row, ce, digest, max(values.shape[-1] for values in stored.values() if values.ndim > 1))
 
 
@@ -104,7 +104,7 @@ def _finish(
     index = {"tokens": torch.tensor([len(row) for row in plan.rows], dtype=torch.int32), "base_ce": torch.zeros(count)}
     files = dict(shards)
     if constants:
-        name = plan.target.constants_file
+        name = plan.strategy.constants_file
         files[name] = _write(partial / name, save(constants))
     if shards:
         index |= {"shard": torch.zeros(count, dtype=torch.int32), "start": torch.zeros(count, dtype=torch.int64)}

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gere.cache.files import canonical_json, sha256
+from gere._files import canonical_json, sha256
+from gere.model.adapters import base_module
+from gere.model.sharded import class_name, whole, whole_shape
 from gere.ranks import ALONE, Ranks
-from gere.sharded import class_name, whole, whole_shape
-from gere.states import base_module
 
 FORMAT_VERSION = 1
 ADAPTER_WRAPPERS = ("base_layer", "original_module")

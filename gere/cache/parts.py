@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from gere.cache.files import sha256, write_atomic
+from gere._files import sha256, write_atomic
 from gere.errors import CacheCorruptError
 
 

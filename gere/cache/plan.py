@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from gere.cache.targets import Target
+from gere.losses.strategy import Strategy, Tensors
+from gere.model.batching import batches_by_length
 
 PART_BYTES = 64 << 20
 LEAST_PARTS = 32  # so many ranks find a share each
@@ -18,11 +19,11 @@ class Distilled(NamedTuple):
 
     Attributes:
         ce: Cross-entropy of each row, shape [b].
-        kept: For each row what the target keeps of it, tensors of shape [tokens of the row, *].
+        kept: For each row what the strategy keeps of it, tensors of shape [tokens of the row, *].
     """
 
     ce: Tensor
-    kept: list[dict[str, Tensor]]
+    kept: list[Tensors]
 
 
 class BuildPlan(NamedTuple):
@@ -31,37 +32,19 @@ class BuildPlan(NamedTuple):
     Attributes:
         fields: What the anchor depends on.
         rows: Token ids of the replay rows.
-        target: What is kept.
+        strategy: What is kept.
         batch_tokens: Padded tokens that one forward pass may have.
         worth_tokens: Padded tokens from which on a longer forward pass is no faster; `None` for `batch_tokens`.
     """
 
     fields: Mapping[str, str]
     rows: Sequence[Sequence[int]]
-    target: Target
+    strategy: Strategy
     batch_tokens: int
     worth_tokens: int | None = None
 
 
 Distil = Callable[[Sequence[Sequence[int]]], Distilled]
-
-
-def batches_by_length(rows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
-    """Split rows into batches of like length, longest first, each within a budget of padded tokens."""
-    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
-    batch: list[int] = []
-    for row in order:
-        if batch and (len(batch) + 1) * len(rows[batch[0]]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def shortest_row(rows: Sequence[Sequence[int]]) -> int:
-    """Index of the shortest row: what a rank without rows of its own runs, so that the others need not wait."""
-    return min(range(len(rows)), key=lambda row: len(rows[row]))
 
 
 def parts_of(plan: BuildPlan, width: int) -> Iterator[list[list[int]]]:

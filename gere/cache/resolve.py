@@ -12,10 +12,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from gere._files import folder_errors, make_folder
 from gere.cache.build import finish_build, is_everywhere, partial_folder, spread_anchor
-from gere.cache.files import folder_errors, make_folder
 from gere.cache.fingerprint import differences, key_of
-from gere.cache.shares import leads_disk
+from gere.cache.multi_node import leads_disk
 from gere.cache.store import MANIFEST, Anchor, read_manifest
 from gere.errors import CacheCorruptError, CacheMismatchError, CacheMissingError
 from gere.ranks import ALONE, Ranks

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gere.cache.files import file_sha256, seal_of, sealed_json
+from gere._files import file_sha256, seal_of, sealed_json
 from gere.cache.fingerprint import FORMAT_VERSION, key_of
 from gere.errors import CacheCorruptError, CacheMismatchError
 

@@ -7,6 +7,6 @@ from typing import Any
 
 from gere.cli import replay, sequence
 from gere.cli.cache import add_cache
-from gere.cli.runs import add_report
+from gere.cli.report import add_report
 
 COMMANDS: tuple[Callable[[Any], None], ...] = (add_cache, replay.add_parser, sequence.add_parser, add_report)

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gere.cache.collect import collect
+from gere.cache.gc import collect
 from gere.cli.cache_show import megabytes
-from gere.named import keys_in_runs
+from gere.session.checkpoint import keys_in_runs
 
 NO_RUNS = "Finished anchors stay, since no runs are given: --runs OUT removes those that no run under OUT names.\n"
 

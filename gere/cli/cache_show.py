@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gere.cache.inventory import describe, pick, size_of, survey
 from gere.cache.resolve import open_whole
-from gere.cache.survey import describe, pick, size_of, survey
 from gere.errors import CacheError
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gere.anchoring import ANCHOR_FILE, loaded_key
 from gere.config import GeReConfig
 from gere.errors import ConfigError
-from gere.writing import base_texts
+from gere.replay.written import own_texts
+from gere.session.checkpoint import ANCHOR_FILE, loaded_key
 
 
 def load_tokenizer(name: str) -> Any:
@@ -43,7 +43,7 @@ def sample(
 
     Raises:
         ConfigError: If there is no such model, or it was tuned from another one.
-        GeReError: As `base_texts`.
+        GeReError: As `own_texts`.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = dtype or ("float32" if place.type == "cpu" else "auto")
@@ -58,7 +58,7 @@ def sample(
             fix=f"Give the base model; to make this model a base of its own, delete {ANCHOR_FILE} from its folder.",
         )
     progress = sys.stderr.isatty()
-    return base_texts(model.to(place).eval(), tokenizer, config, folder, reuse=False, progress=progress)
+    return own_texts(model.to(place).eval(), tokenizer, config, folder, progress=progress)
 
 
 def _loaded(option: str, name: str, load: Callable[[], Any]) -> Any:

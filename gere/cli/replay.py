@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     """
     sources = [_source(word, options.size) for word in options.source]
     _require_usable(options, sources)
-    from gere.cli.report import Record, describe, without_repeats
+    from gere.cli.replay_stats import Record, describe, without_repeats
 
     name = options.tokenizer or options.model
     tokenizer = _tokenizer(name) if name else None
@@ -137,8 +137,8 @@ def _require_usable(options: argparse.Namespace, sources: list[Source]) -> None:
 
 
 def _records(source: Source, options: argparse.Namespace, tokenizer: Any, folder: Path) -> list[Any]:
-    from gere.cli.report import Record, sources_of
-    from gere.replay import load_texts
+    from gere.cli.replay_stats import Record, sources_of
+    from gere.replay.texts import load_texts
 
     config = _config(options, source)
     own = None
@@ -157,8 +157,8 @@ def _tokenizer(name: str) -> Any:
 
 
 def _write(path: Path, records: list[Any]) -> None:
-    from gere.cache.files import make_folder, write_atomic
-    from gere.cache.replay_files import text_lines
+    from gere._files import make_folder, write_atomic
+    from gere.replay.written import text_lines
 
     make_folder(path.parent)
     write_atomic(path, text_lines([record.text for record in records], [record.source for record in records]))

@@ -1,91 +1,58 @@
-"""What is in a set of replay texts, in a few lines."""
+"""`gere report`: a page and a table of runs."""
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter
-from collections.abc import Sequence
+import argparse
+import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from gere.config import GeReConfig
-from gere.errors import ReplaySetError
-from gere.replay import SUFFIXES, adds_bos, private_copy, read_file
-from gere.writing.sieve import is_loop, normalised
+from gere.config import require
+from gere.errors import ConfigError
 
 
-class Record(NamedTuple):
-    """A text and where it comes from."""
-
-    text: str
-    source: str
-
-
-def sources_of(name: str, texts: Sequence[str]) -> list[str]:
-    """Source of each text: the field `source` of the records of a file, where all have one, else the file or source.
-
-    Args:
-        name: As given on the command line.
-        texts: The first texts of it.
-    """
-    path = Path(name)
-    if path.suffix in SUFFIXES and path.is_file():
-        try:
-            named = read_file(path, "source")[: len(texts)]
-        except ReplaySetError:
-            named = []
-        if named and all(isinstance(source, str) and source for source in named) and named != list(texts):
-            return named
-    return [name] * len(texts)
+def add_report(commands: Any) -> None:
+    """Add the command `report` to those of `gere`."""
+    text = "Write one HTML page with the plots and figures of runs, and show their means over seeds as Markdown."
+    parser = commands.add_parser("report", help=text, description=text)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of gere sequence, or output folder of a Trainer")
+    add("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="the page [report.html]")
+    add("--markdown", type=Path, metavar="FILE.md", help="write the table there, too")
+    parser.set_defaults(run=run)
 
 
-def without_repeats(records: Sequence[Record]) -> list[Record]:
-    """The records without those whose text came before."""
-    first: dict[str, Record] = {}
-    for record in records:
-        first.setdefault(record.text, record)
-    return list(first.values())
-
-
-def describe(records: Sequence[Record], tokenizer: Any, config: GeReConfig) -> str:
-    """Report on texts.
+def run(options: argparse.Namespace) -> int:
+    """Write the report.
 
     Args:
-        records: The texts, repeats among them.
-        tokenizer: Counts the tokens; `None` for no counts.
-        config: `max_length` and `add_bos` of it.
+        options: What `add_report` defines.
 
-    Returns:
-        Lines of a name and a value.
+    Raises:
+        GeReError: If a run cannot be read or a file cannot be written.
     """
-    texts = [record.text for record in records]
-    near = len(texts) - len(set(map(normalised, texts)))
-    exact = len(texts) - len(set(texts))
-    pieces: list[Any] = [text.split() for text in texts] if tokenizer is None else _rows(texts, tokenizer, config)
-    unit = "words" if tokenizer is None else "tokens"
-    lengths = list(map(len, pieces))
-    lines = [("texts", f"{len(texts):,}"), ("characters", _spread(list(map(len, texts)))), (unit, _spread(lengths))]
-    if tokenizer is not None:
-        cut = sum(length > config.max_length for length in lengths)
-        lines.append(("cut", f"{cut:,} texts longer than {config.max_length} tokens"))
-    lines += [
-        ("repeated", f"{exact:,} texts, of which a file gets the first one"),
-        ("near repeats", f"{near - exact:,} more, but for case and spaces"),
-        ("loops", f"{sum(map(is_loop, pieces)):,} texts, of whose runs of four {unit} under half are different"),
-    ]
-    for source, count in Counter(record.source for record in records).most_common():
-        lines.append(("source", f"{source}: {count:,} texts, {count / len(texts):.1%}"))
-    return "".join(f"{name:<13}{value}\n" for name, value in lines)
+    require(options.out.suffix == ".html", "--out", "a file name that ends in .html", str(options.out))
+    if options.markdown is not None:
+        require(options.markdown.suffix == ".md", "--markdown", "a file name that ends in .md", str(options.markdown))
+    from gere.report import make_report
+
+    report = make_report(options.runs)
+    _write(options.out, report.html)
+    if options.markdown is not None:
+        _write(options.markdown, report.markdown)
+    sys.stdout.write(f"{report.markdown}\nwrote {options.out}\n")
+    return 0
 
 
-def _rows(texts: Sequence[str], tokenizer: Any, config: GeReConfig) -> list[list[int]]:
-    """Token ids of whole texts, with the BOS that a replay row has."""
-    private = private_copy(tokenizer)
-    encoded = private(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    first = [tokenizer.bos_token_id] if adds_bos(private, config) else []
-    return [first + list(ids) for ids in encoded]
-
-
-def _spread(numbers: Sequence[int]) -> str:
-    total, middle, mean = sum(numbers), statistics.median(numbers), statistics.fmean(numbers)
-    return f"{total:,} (of a text: min {min(numbers):,}, median {middle:,.0f}, mean {mean:,.0f}, max {max(numbers):,})"
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode("utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            "The report cannot be written.",
+            where=path,
+            expected="a path that this process may write to",
+            found=f"{type(error).__name__}: {error.strerror or error}",
+            fix="Give another path.",
+        ) from error

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from gere.ability.choices import Row, log_likelihoods
-from gere.cache.plan import batches_by_length
-from gere.evaluation import evaluating
-from gere.states import base_module
+from gere.evaluation.choices import Row, log_likelihoods
+from gere.evaluation.general import evaluating
+from gere.model.adapters import base_module
+from gere.model.batching import batches_by_length
 
 
 class Scores(NamedTuple):

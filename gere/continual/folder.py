@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gere.cache.files import canonical_json, make_folder, write_atomic
+from gere._files import canonical_json, make_folder, write_atomic
 from gere.continual.matrix import MATRIX_FILE
 from gere.errors import ConfigError
 

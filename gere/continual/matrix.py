@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gere.cache.files import canonical_json, write_atomic
+from gere._files import canonical_json, write_atomic
 from gere.continual.answers import Scores
 from gere.errors import ConfigError
 

@@ -14,8 +14,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from transformers import set_seed
 
+from gere._files import file_sha256, make_folder
 from gere.ability import GeneralAbilityCallback
-from gere.cache.files import file_sha256, make_folder
 from gere.config import require
 from gere.continual.answers import Scores, greedy_answers, likeliest_answers, score
 from gere.continual.folder import RunFolder
@@ -31,8 +31,8 @@ from gere.continual.trainers import (
     training_arguments,
 )
 from gere.errors import ConfigError
-from gere.evaluation import general_loss
-from gere.replay import read_file
+from gere.evaluation.general import general_loss
+from gere.replay.texts import read_file
 
 Measure = Callable[[Any, Any], dict[str, float]]
 MULTITASK = "multitask"

@@ -88,7 +88,7 @@ class GeRePlugin(BasePlugin):
         return _bound(self._parent(cfg), self._replay_kwargs(cfg)) if self._named_in(cfg) else None
 
     def add_callbacks_post_trainer(self, cfg: Mapping[str, Any], trainer: Trainer) -> list[TrainerCallback]:
-        """A callback that names the anchor beside the model that Axolotl saves.
+        """No callbacks; makes sure that the trainer is one with replay.
 
         Args:
             cfg: The checked config.
@@ -99,7 +99,6 @@ class GeRePlugin(BasePlugin):
         """
         if not self._named_in(cfg):
             return []
-        from gere.callbacks import NameAnchorCallback
         from gere.trainer import GeReMixin
 
         if not isinstance(trainer, GeReMixin):
@@ -110,7 +109,7 @@ class GeRePlugin(BasePlugin):
                 found=f"{type(trainer).__name__}",
                 fix="Put it first: it wraps the trainer of the others.",
             )
-        return [NameAnchorCallback(lambda folder: trainer._gere.name_anchor(folder, trainer.model))]
+        return []
 
     @property
     def _name(self) -> str:

@@ -12,13 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gere.errors import GeReError
-from gere.integrations.llamafactory_config import (
-    SECTION,
-    STAGES,
-    needed,
-    read_config,
-    split_config,
-)
+from gere.integrations.llamafactory_config import SECTION, STAGES, needed, read_config, split_config
 from gere.integrations.torchrun import enabled, is_worker, torchrun_options, worker_environment
 
 

@@ -15,7 +15,7 @@ from gere import GeReMixin
 from gere.errors import ConfigError
 from gere.integrations.llamafactory import run
 from gere.integrations.llamafactory_config import STAGES
-from gere.states import is_reentrant
+from gere.model.states import is_reentrant
 
 EVALUATED = {"val_size": 16, "do_eval": True, "eval_strategy": "steps", "eval_steps": 10}
 GENERATED = {"predict_with_generate": True, "max_new_tokens": 3, "per_device_eval_batch_size": 4}

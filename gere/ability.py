@@ -1,0 +1,8 @@
+"""The names of `gere.evaluation` under their first path."""
+
+from gere.evaluation.callback import GeneralAbilityCallback as GeneralAbilityCallback
+from gere.evaluation.choices import ChoiceScore as ChoiceScore
+from gere.evaluation.choices import choice_accuracy as choice_accuracy
+from gere.evaluation.choices import option_scores as option_scores
+from gere.evaluation.questions import Question as Question
+from gere.evaluation.questions import read_questions as read_questions

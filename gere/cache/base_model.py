@@ -1,0 +1,145 @@
+"""The base model as a function of replay rows: what an anchor is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gere.cache.plan import Distilled
+from gere.errors import UnsupportedModelError
+from gere.losses import next_token_ce, token_ce
+from gere.losses.strategy import Strategy, Tensors
+from gere.model.batching import pad_rows
+from gere.model.forward import as_base
+from gere.model.states import StateReader
+
+TOLERATED_HOOK_DIFFERENCE = 1e-6
+# Tokens whose logits exist at one time. On a CPU they are few enough that the allocator reuses their memory.
+HEAD_TOKENS, HEAD_TOKENS_OF_OTHERS = {"cpu": 128}, 1024
+
+
+class BaseModel:
+    """The base model as a function of replay rows: eval mode, no gradient, adapter disabled, training's autocast.
+
+    Args:
+        model: The model without its distributed wrapper.
+        pad_id: Padding token.
+        device: Where the model is.
+        strategy: What is kept of it.
+        autocast: Makes the context in which training computes.
+        whole: Call nothing but the whole model, since its weights are spread over processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pad_id: int,
+        device: torch.device,
+        strategy: Strategy,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        *,
+        whole: bool = False,
+    ) -> None:
+        self._model: Any = model
+        self._pad_id = pad_id
+        self._device = device
+        self._strategy = strategy
+        self._autocast = autocast
+        self._whole = whole
+        self._head: nn.Module | None = None
+        self._checked = False
+        self._reader = StateReader(model, strategy.layers)
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> Distilled:
+        """What is kept of rows of token ids, and their cross-entropies."""
+        batch = {name: part.to(self._device) for name, part in pad_rows(rows, self._pad_id).items()}
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        lengths = [len(row) for row in rows]
+        with self._asking(ids[:1, : lengths[0]], mask[:1, : lengths[0]]):
+            if self._head is not None:
+                self._model(**batch, use_cache=False, logits_to_keep=1)
+                return self._by_head(self._head, ids, lengths)
+            logits = self._model(**batch, use_cache=False).logits
+            kept = [self._keep(row, length, logits[row, :length]) for row, length in enumerate(lengths)]
+            return Distilled(next_token_ce(logits, ids, mask), kept)
+
+    def targets(self, ids: Tensor, mask: Tensor) -> Tensors:
+        """What is kept of a padded batch, tensors of shape [b, t, *]: the targets of a live strategy."""
+        with self._asking(ids[:1], mask[:1]):
+            if self._strategy.wants_logits:
+                logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                # One row at a time, since each needs a float32 copy of its logits.
+                rows = [self._keep(row, ids.shape[1], logits[row]) for row in range(len(ids))]
+                return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+            fewer = {} if self._head is None else {"logits_to_keep": 1}
+            self._model(input_ids=ids, attention_mask=mask, use_cache=False, **fewer)
+            return self._strategy.keep(self._reader.states, None)
+
+    @contextmanager
+    def _asking(self, ids: Tensor, mask: Tensor) -> Iterator[None]:
+        """Show the base model and read its states; the first time, check with one row that they are the right ones."""
+        with as_base(self._model), self._autocast(), self._reader.reading():
+            if not self._checked:
+                self._check(ids, mask)
+            yield
+
+    def _keep(self, row: int, length: int, logits: Tensor | None) -> Tensors:
+        return self._strategy.keep([state[row, :length] for state in self._reader.states], logits)
+
+    def _by_head(self, head: nn.Module, ids: Tensor, lengths: Sequence[int]) -> Distilled:
+        """What is kept of rows, and their cross-entropies, with the logits of a chunk of real tokens at a time."""
+        wants_logits = self._strategy.wants_logits
+        used = [length if wants_logits else length - 1 for length in lengths]  # the last token predicts nothing
+        states = torch.cat([self._reader.state[row, :count] for row, count in enumerate(used)])
+        following = [F.pad(ids[row, 1:length], (0, 1), value=-100) for row, length in enumerate(lengths)]
+        targets = torch.cat([row[:count] for row, count in zip(following, used, strict=True)])
+        losses: list[Tensor] = []
+        kept: list[Tensors] = []
+        chunk = HEAD_TOKENS.get(self._device.type, HEAD_TOKENS_OF_OTHERS)
+        for state, target in zip(states.split(chunk), targets.split(chunk), strict=True):
+            logits = head(state[None])[0]
+            losses.append(token_ce(logits, target))
+            if wants_logits:
+                kept.append(self._strategy.keep([], logits))
+        sums = torch.stack([row.sum() for row in torch.cat(losses).split(used)])
+        ce = sums / torch.tensor([length - 1 for length in lengths], device=sums.device).clamp(min=1)
+        if not wants_logits:
+            return Distilled(ce, [self._keep(row, length, None) for row, length in enumerate(lengths)])
+        whole = {name: torch.cat([part[name] for part in kept]).split(used) for name in kept[0]}
+        return Distilled(ce, [{name: rows[row] for name, rows in whole.items()} for row in range(len(lengths))])
+
+    def _check(self, ids: Tensor, mask: Tensor) -> None:
+        """Compare the hooks with `hidden_states`, and the head alone with the logits."""
+        outputs = self._model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        read = [(self._reader.state, -1), *zip(self._reader.states, self._strategy.layers, strict=True)]
+        gap = max((state.float() - outputs.hidden_states[i].float()).abs().max().item() for state, i in read)
+        if gap > TOLERATED_HOOK_DIFFERENCE:
+            raise UnsupportedModelError(
+                "The states that the layers give are not the hidden states of the model.",
+                where=type(self._model).__name__,
+                expected="equal tensors",
+                found=f"a largest difference of {gap:g}",
+                fix="Use a Hugging Face causal language model whose head reads the decoder's output.",
+            )
+        if not self._whole:
+            self._head = self._plain_head(outputs.logits, ids, mask)
+        self._checked = True
+
+    def _plain_head(self, logits: Tensor, ids: Tensor, mask: Tensor) -> nn.Module | None:
+        """The head, if the logits are its output unchanged (no soft cap, no scale) and the model can leave them out."""
+        head = getattr(self._model, "get_output_embeddings", lambda: None)()
+        if head is None:
+            return None
+        own = head(self._reader.state)
+        if own.shape != logits.shape or not torch.equal(own.to(logits), logits):
+            return None
+        try:
+            self._model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        except TypeError:
+            return None
+        return head

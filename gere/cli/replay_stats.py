@@ -1,0 +1,92 @@
+"""What is in a set of replay texts, in a few lines."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gere.config import GeReConfig
+from gere.errors import ReplaySetError
+from gere.replay.rows import adds_bos, private_copy
+from gere.replay.texts import SUFFIXES, read_file
+from gere.replay.written import caseless, is_loop
+
+
+class Record(NamedTuple):
+    """A text and where it comes from."""
+
+    text: str
+    source: str
+
+
+def sources_of(name: str, texts: Sequence[str]) -> list[str]:
+    """Source of each text: the field `source` of the records of a file, where all have one, else the file or source.
+
+    Args:
+        name: As given on the command line.
+        texts: The first texts of it.
+    """
+    path = Path(name)
+    if path.suffix in SUFFIXES and path.is_file():
+        try:
+            named = read_file(path, "source")[: len(texts)]
+        except ReplaySetError:
+            named = []
+        if named and all(isinstance(source, str) and source for source in named) and named != list(texts):
+            return named
+    return [name] * len(texts)
+
+
+def without_repeats(records: Sequence[Record]) -> list[Record]:
+    """The records without those whose text came before."""
+    first: dict[str, Record] = {}
+    for record in records:
+        first.setdefault(record.text, record)
+    return list(first.values())
+
+
+def describe(records: Sequence[Record], tokenizer: Any, config: GeReConfig) -> str:
+    """Report on texts.
+
+    Args:
+        records: The texts, repeats among them.
+        tokenizer: Counts the tokens; `None` for no counts.
+        config: `max_length` and `add_bos` of it.
+
+    Returns:
+        Lines of a name and a value.
+    """
+    texts = [record.text for record in records]
+    near = len(texts) - len(set(map(caseless, texts)))
+    exact = len(texts) - len(set(texts))
+    pieces: list[Any] = [text.split() for text in texts] if tokenizer is None else _rows(texts, tokenizer, config)
+    unit = "words" if tokenizer is None else "tokens"
+    lengths = list(map(len, pieces))
+    lines = [("texts", f"{len(texts):,}"), ("characters", _spread(list(map(len, texts)))), (unit, _spread(lengths))]
+    if tokenizer is not None:
+        cut = sum(length > config.max_length for length in lengths)
+        lines.append(("cut", f"{cut:,} texts longer than {config.max_length} tokens"))
+    lines += [
+        ("repeated", f"{exact:,} texts, of which a file gets the first one"),
+        ("near repeats", f"{near - exact:,} more, but for case and spaces"),
+        ("loops", f"{sum(map(is_loop, pieces)):,} texts, of whose runs of four {unit} under half are different"),
+    ]
+    for source, count in Counter(record.source for record in records).most_common():
+        lines.append(("source", f"{source}: {count:,} texts, {count / len(texts):.1%}"))
+    return "".join(f"{name:<13}{value}\n" for name, value in lines)
+
+
+def _rows(texts: Sequence[str], tokenizer: Any, config: GeReConfig) -> list[list[int]]:
+    """Token ids of whole texts, with the BOS that a replay row has."""
+    private = private_copy(tokenizer)
+    encoded = private(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    first = [tokenizer.bos_token_id] if adds_bos(private, config) else []
+    return [first + list(ids) for ids in encoded]
+
+
+def _spread(numbers: Sequence[int]) -> str:
+    total, middle, mean = sum(numbers), statistics.median(numbers), statistics.fmean(numbers)
+    return f"{total:,} (of a text: min {min(numbers):,}, median {middle:,.0f}, mean {mean:,.0f}, max {max(numbers):,})"

@@ -1,0 +1,1 @@
+"""How a causal language model is asked: its states, its adapters, its shards, its calls."""

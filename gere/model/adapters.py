@@ -1,0 +1,85 @@
+"""PEFT adapters: the base model inside, and adapters that cannot be anchored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from gere.errors import UnsupportedModelError
+
+SHIFTING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def refuse_unanchorable(model: nn.Module) -> None:
+    """Refuse models that replay of plain text is not defined for, or whose base is no longer there.
+
+    Raises:
+        UnsupportedModelError: If the model is an encoder-decoder, or its adapter took a part of the base weights.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            "Replay needs a decoder-only language model.",
+            where=type(model).__name__,
+            expected="config.is_encoder_decoder = False",
+            found="an encoder-decoder model",
+            fix="Train a causal language model, or use the plain Trainer for this one.",
+        )
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                "Virtual tokens change the length of every row, so that replay rows do not fit their regions.",
+                where=f"adapter {name!r}",
+                expected="an adapter of weights, such as LoRA",
+                found=type(config).__name__,
+                fix="Use LoRA, or the plain Trainer for this model.",
+            )
+        init = getattr(config, "init_lora_weights", True)
+        if isinstance(init, str) and init.lower().startswith(SHIFTING_INITS):
+            raise UnsupportedModelError(
+                "The adapter was initialised by moving a part of the base weights into it, so that the model with its "
+                "adapter disabled is not the base model.",
+                where=f"adapter {name!r}",
+                expected="init_lora_weights that leaves the base weights alone, such as True or 'gaussian'",
+                found=repr(init),
+                fix="Use the default initialisation.",
+            )
+
+
+def base_module(model: nn.Module) -> nn.Module:
+    """Return the causal language model inside wrappers such as PEFT.
+
+    Args:
+        model: A model without its distributed wrapper.
+    """
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether the model carries PEFT adapters, so that its base is still there."""
+    return hasattr(model, "disable_adapter") or bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+@contextmanager
+def adapters_disabled(model: Any) -> Iterator[None]:
+    """Show the base model of a PEFT model, or of a model with adapters of its own; nothing for any other."""
+    if not is_adapted(model):
+        yield
+        return
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    try:
+        if hasattr(model, "disable_adapter"):
+            with model.disable_adapter():
+                yield
+        else:
+            model.disable_adapters()
+            try:
+                yield
+            finally:
+                model.enable_adapters()
+    finally:
+        for parameter, flag in zip(model.parameters(), trainable, strict=True):
+            parameter.requires_grad_(flag)  # both make all of an adapter trainable, its frozen parts, too

@@ -1,0 +1,40 @@
+"""Rows of token ids as batches: padded, and grouped by length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    """Pad rows of token ids on the right.
+
+    Returns:
+        `input_ids` and `attention_mask`, int64 [b, t].
+    """
+    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+    }
+
+
+def batches_by_length(rows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
+    """Split rows into batches of like length, longest first, each within a budget of padded tokens."""
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    batch: list[int] = []
+    for row in order:
+        if batch and (len(batch) + 1) * len(rows[batch[0]]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def shortest_row(rows: Sequence[Sequence[int]]) -> int:
+    """Index of the shortest row: what a rank without rows of its own runs, so that the others need not wait."""
+    return min(range(len(rows)), key=lambda row: len(rows[row]))

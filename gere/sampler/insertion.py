@@ -1,0 +1,292 @@
+"""Which row comes next: a pure function of (seed, epoch, geometry)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import RandomSampler, Sampler
+
+from gere.errors import ConfigError
+from gere.sampler.lengths import by_length, grouped, step_sizes
+
+_TASK, _REPLAY, _MIXED, _PLACES = range(4)  # streams of random numbers that never meet
+_WORD = 2**64 - 1
+
+
+class Slot(NamedTuple):
+    """A flat index, and what the ranks hold together in the micro-step that it belongs to.
+
+    Every rank reads the same plan, so that all of them call the model equally often without asking each other.
+
+    Attributes:
+        place: Flat index of the row.
+        task_rows: Task rows of the micro-step over all ranks.
+        replay_rows: Replay rows, likewise.
+    """
+
+    place: int
+    task_rows: int
+    replay_rows: int
+
+
+def parent_order(sampler: Any, seed: int) -> Callable[[int], list[int]] | None:
+    """Order of the task rows that a parent's sampler gives, as a function of the epoch.
+
+    Args:
+        sampler: A sampler with a length. A generator that it has, or could have, is seeded by (seed, epoch).
+        seed: Seed of the order.
+
+    Returns:
+        `None` for an ordinary random sampler, whose order is a permutation like any other.
+    """
+    whole = isinstance(sampler, RandomSampler) and not sampler.replacement
+    if whole and len(sampler) == len(sampler.data_source):
+        return None
+
+    def order(epoch: int) -> list[int]:
+        if hasattr(sampler, "generator"):
+            words = np.random.SeedSequence([part & _WORD for part in (seed, _TASK, epoch)]).generate_state(
+                1, np.uint64
+            )
+            sampler.generator = torch.Generator().manual_seed(int(words[0]) >> 1)
+        if callable(getattr(sampler, "set_epoch", None)):
+            sampler.set_epoch(epoch)
+        return [int(index) for index in sampler]
+
+    return order
+
+
+def replay_stream(
+    num_replay: int, seed: int, start: int, lengths: np.ndarray | None = None, rows_per_step: int = 1
+) -> Iterator[int]:
+    """Replay rows from a position of the endless sequence of whole permutations of the replay set.
+
+    Args:
+        num_replay: Replay rows in all.
+        seed: Seed of the permutations.
+        start: The position.
+        lengths: Length of each row, int [num_replay], to give the rows of a step similar ones; `None` for any order.
+        rows_per_step: Rows of a step; position 0 begins one.
+    """
+    for number in itertools.count(start // num_replay):
+        order = _permutation((seed, _REPLAY, number), num_replay)
+        if lengths is not None:
+            sizes = step_sizes(num_replay, number, rows_per_step)
+            order = grouped(order, lengths, sizes, _permutation((seed, _PLACES, number), len(sizes)))
+        skip = start % num_replay if number == start // num_replay else 0
+        yield from (int(row) for row in order[skip:])
+
+
+def added_rows(
+    num_replay: int,
+    replay_per_batch: int,
+    *,
+    seed: int,
+    start: int,
+    micro_steps: int,
+    micro_batch_size: int,
+    world_size: int = 1,
+    lengths: np.ndarray | None = None,
+    rows_per_step: int | None = None,
+) -> list[list[list[int]]]:
+    """Replay rows that are added to the batches of one optimizer step, where they cannot replace task rows.
+
+    They fill whole micro-steps from the end, one after another, so that as few as possible hold both kinds.
+
+    Args:
+        num_replay: Replay rows in all.
+        replay_per_batch: Replay rows of a step over all ranks.
+        seed: Seed of their order.
+        start: Place of the first one in the endless sequence of permutations.
+        micro_steps: Micro-steps of this step.
+        micro_batch_size: Rows of one forward pass on one rank.
+        world_size: Number of ranks.
+        lengths: Length of each replay row, by which rows share a micro-step; `None` for any order.
+        rows_per_step: Replay rows of a whole step, where this one has fewer.
+
+    Returns:
+        Rows by micro-step and rank.
+
+    Example:
+        >>> [[len(rows) for rows in ranks] for ranks in added_rows(
+        ...     9, 3, seed=0, start=15, micro_steps=2, micro_batch_size=1, world_size=2)]
+        [[1, 0], [1, 1]]
+    """
+    stream = replay_stream(num_replay, seed, start, lengths, rows_per_step or replay_per_batch)
+    rows = list(itertools.islice(stream, replay_per_batch))
+    if lengths is not None:
+        rows = by_length(rows, lengths)
+    width = max(micro_batch_size * world_size, -(-replay_per_batch // micro_steps))
+    last = [rows[start : start + width] for start in range(0, replay_per_batch, width)]
+    steps: list[list[int]] = [[] for _ in range(micro_steps - len(last))] + last[::-1]
+    return [[step_rows[rank::world_size] for rank in range(world_size)] for step_rows in steps]
+
+
+class BatchInsertionSampler(Sampler[int]):
+    """Put a fixed number of replay rows into every optimizer step.
+
+    Task row i comes as i, replay row j as `num_task + j`. Every block of `batch_size` indices is one optimizer step.
+    Each epoch has every task row once; the last block is filled by wrapping round to the epoch's first rows. Replay
+    rows run through whole permutations of the replay set, one after another, across the epochs. Replay rows fill
+    whole micro-steps from the end of the block; what is left of them goes into one mixed micro-step, spread over the
+    ranks. With `replay_per_batch=0` all replay rows are shuffled into the epoch once.
+
+    A plain `Sampler`, because accelerate replaces every `RandomSampler`; no attribute is called `generator`, which
+    accelerate would seed.
+
+    Args:
+        num_task: Task rows.
+        num_replay: Replay rows.
+        batch_size: Rows of one optimizer step over all ranks and accumulation steps.
+        replay_per_batch: Replay rows among them, 0 for no batch insertion.
+        seed: Seed of every order.
+        epoch: Epoch that the next iteration gives.
+        micro_batch_size: Rows of one forward pass on one rank; `None` if a step is one forward pass on each rank.
+        world_size: Number of ranks; position p of a micro-step belongs to rank `p // micro_batch_size`.
+        task_order: Order of the task rows in an epoch, `epoch -> indices`; `None` for a permutation by seed.
+        tasks_per_epoch: Rows that `task_order` gives; `None` for `num_task`.
+        replay_lengths: Length of each replay row. With them the replay rows of a step have similar lengths, and are
+            dealt to its micro-steps and ranks by length; `None` for any order.
+
+    Raises:
+        ConfigError: If the geometry cannot hold the rows.
+
+    Example:
+        >>> sampler = BatchInsertionSampler(10, 4, batch_size=6, replay_per_batch=1)
+        >>> len(sampler), sum(index >= 10 for index in sampler)
+        (12, 2)
+    """
+
+    def __init__(
+        self,
+        num_task: int,
+        num_replay: int,
+        *,
+        batch_size: int,
+        replay_per_batch: int,
+        seed: int = 0,
+        epoch: int = 0,
+        micro_batch_size: int | None = None,
+        world_size: int = 1,
+        task_order: Callable[[int], Sequence[int]] | None = None,
+        tasks_per_epoch: int | None = None,
+        replay_lengths: Sequence[int] | np.ndarray | None = None,
+    ) -> None:
+        self.num_task = num_task
+        self.num_replay = num_replay
+        self.batch_size = batch_size
+        self.replay_per_batch = replay_per_batch
+        self.seed = seed
+        self.epoch = epoch
+        self.world_size = world_size
+        self.micro_batch_size = batch_size // max(1, world_size) if micro_batch_size is None else micro_batch_size
+        self.task_order = task_order
+        self.tasks_per_epoch = num_task if tasks_per_epoch is None else tasks_per_epoch
+        self.replay_lengths = None if replay_lengths is None else np.asarray(replay_lengths, dtype=np.int64)
+        self._check()
+
+    @property
+    def blocks_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        if self.replay_per_batch:
+            return -(-self.tasks_per_epoch // (self.batch_size - self.replay_per_batch))
+        return -(-(self.tasks_per_epoch + self.num_replay) // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Exactly the number of indices that an iteration yields."""
+        return self.blocks_per_epoch * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the flat indices of the current epoch."""
+        blocks = self._inserted_blocks() if self.replay_per_batch else self._shuffled_blocks()
+        for task_rows, replay_rows in blocks:
+            rows = replay_rows if self.replay_lengths is None else by_length(replay_rows, self.replay_lengths)
+            yield from self._place(task_rows, [row + self.num_task for row in rows])
+
+    def slots(self) -> Iterator[Slot]:
+        """Yield the flat indices of the current epoch, each with the plan of its micro-step."""
+        width = self.micro_batch_size * self.world_size
+        rows = iter(self)
+        while step := list(itertools.islice(rows, width)):
+            replay = sum(index >= self.num_task for index in step)
+            yield from (Slot(index, len(step) - replay, replay) for index in step)
+
+    def _inserted_blocks(self) -> Iterator[tuple[list[int], list[int]]]:
+        replay_rows = self.replay_per_batch
+        task_rows = self.batch_size - replay_rows
+        tasks = itertools.cycle(self._task_indices())
+        start = self.epoch * self.blocks_per_epoch * replay_rows
+        replay = replay_stream(self.num_replay, self.seed, start, self.replay_lengths, replay_rows)
+        for _ in range(self.blocks_per_epoch):
+            yield list(itertools.islice(tasks, task_rows)), list(itertools.islice(replay, replay_rows))
+
+    def _shuffled_blocks(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Deal the epoch's replay rows over its positions; tasks keep their own order in the other positions."""
+        tasks = itertools.cycle(self._task_indices())
+        total = self.tasks_per_epoch + self.num_replay
+        kinds = _permutation((self.seed, _MIXED, self.epoch), total) >= self.tasks_per_epoch
+        counts = np.add.reduceat(kinds, range(0, total, self.batch_size), dtype=np.int64)
+        order = _permutation((self.seed, _REPLAY, self.epoch), self.num_replay)
+        if self.replay_lengths is not None:
+            places = _permutation((self.seed, _PLACES, self.epoch), len(counts))
+            order = grouped(order, self.replay_lengths, counts, places)
+        replay = iter(order)
+        for count in counts:
+            rows = [int(row) for row in itertools.islice(replay, count)]
+            yield list(itertools.islice(tasks, self.batch_size - int(count))), rows
+
+    def _task_indices(self) -> list[int]:
+        if self.task_order is not None:
+            return [int(index) for index in self.task_order(self.epoch)]
+        return [int(index) for index in _permutation((self.seed, _TASK, self.epoch), self.num_task)]
+
+    def _place(self, task_rows: list[int], replay_rows: list[int]) -> list[int]:
+        """Order one block so that at most one micro-step holds both kinds."""
+        width = self.micro_batch_size * self.world_size
+        mixed = len(replay_rows) % width
+        if not mixed:
+            return task_rows + replay_rows
+        pure_tasks = len(task_rows) // width * width
+        block = task_rows[:pure_tasks]
+        tasks, replay = iter(task_rows[pure_tasks:]), iter(replay_rows)
+        for rank in range(self.world_size):
+            share = mixed // self.world_size + (rank < mixed % self.world_size)
+            block += itertools.islice(tasks, self.micro_batch_size - share)
+            block += itertools.islice(replay, share)
+        return block + list(replay)
+
+    def _check(self) -> None:
+        width = self.micro_batch_size * self.world_size
+        fits = width > 0 and self.batch_size > 0 and self.batch_size % width == 0
+        least = min(1, self.replay_per_batch)
+        measured = self.num_replay if self.replay_lengths is None else len(self.replay_lengths)
+        most = self.batch_size - 1
+        _require(self.tasks_per_epoch > 0, "train_dataset", "at least 1 task row", self.tasks_per_epoch)
+        _require(fits, "batch_size", f"a multiple of {width} rows (micro-batch x ranks), at least 1", self.batch_size)
+        _require(self.num_replay >= least, "num_replay", f"at least {least} replay rows", self.num_replay)
+        _require(measured == self.num_replay, "replay_lengths", f"one for each of {self.num_replay} rows", measured)
+        fewer = f"from 0 to {most}, since an optimizer step has {self.batch_size} rows"
+        _require(0 <= self.replay_per_batch <= most, "num_interpolate_per_batch", fewer, self.replay_per_batch)
+
+
+def _require(ok: bool, where: str, expected: str, found: int) -> None:
+    if not ok:
+        raise ConfigError(
+            "The rows do not fit into the batches.",
+            where=where,
+            expected=expected,
+            found=found,
+            fix="Raise per_device_train_batch_size or gradient_accumulation_steps, or lower the replay rows.",
+        )
+
+
+def _permutation(key: tuple[int, int, int], size: int) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence([part & _WORD for part in key])).permutation(size)

@@ -1,0 +1,1 @@
+"""What one training holds between the trainer's events."""

@@ -1,0 +1,206 @@
+"""What a checkpoint or a saved model says of replay: the key of its anchor, and the state of the weight."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gere._files import canonical_json, folder_errors, write_atomic
+from gere.config import GeReConfig
+from gere.errors import CacheCorruptError, CacheFolderError, CacheMissingError, ConfigError
+
+ANCHOR_FILE, WEIGHT_FILE = "gere_anchor.json", "gere_weight.json"
+AUTO, LIVE = "auto", "live"
+
+
+def write_key(folder: Path, key: str) -> None:
+    """Write the key of the anchor beside a saved model.
+
+    Raises:
+        CacheFolderError: If the folder cannot be written.
+    """
+    _write(folder / ANCHOR_FILE, {"format_version": 1, "anchor": key})
+
+
+def write_weight(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write the state of the weight into a checkpoint; nothing if it has none.
+
+    Raises:
+        CacheFolderError: If the folder cannot be written.
+    """
+    if state:
+        _write(folder / WEIGHT_FILE, {"format_version": 1, **state})
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    with folder_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)  # with sharded checkpoints the trainer has not made it yet
+    write_atomic(path, canonical_json(content))
+
+
+def read_key(folder: Path | None) -> str | None:
+    """Key in the anchor file of a checkpoint or model folder; `None` if there is no such file.
+
+    Raises:
+        CacheCorruptError: If the file cannot be used.
+    """
+    fix = "Restore the file, or set gere_config.anchor to the key of the anchor."
+    content = _read(folder, ANCHOR_FILE, fix)
+    if not content:
+        return None
+    if "anchor" not in content:
+        raise _corrupt(Path(str(folder)) / ANCHOR_FILE, "no key 'anchor'", fix)
+    return str(content["anchor"])
+
+
+def read_weight(folder: Path | None) -> dict[str, Any]:
+    """State of the weight in a checkpoint; empty if there is none.
+
+    Raises:
+        CacheCorruptError: If the file cannot be used.
+    """
+    fix = "Restore the file; or delete it, and the weight calibrates again on the next replay rows."
+    return _read(folder, WEIGHT_FILE, fix)
+
+
+def _read(folder: Path | None, name: str, fix: str) -> dict[str, Any]:
+    path = folder / name if folder is not None else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not content:
+            raise ValueError(f"a JSON {type(content).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(path, f"{type(error).__name__}: {error}", fix) from error
+    return content
+
+
+def _corrupt(path: Path, found: str, fix: str) -> CacheCorruptError:
+    return CacheCorruptError(
+        "A file that gere writes beside a saved model cannot be used.",
+        where=path,
+        expected="a JSON object as gere writes it",
+        found=found,
+        fix=fix,
+    )
+
+
+def loaded_key(model: Any) -> str | None:
+    """Key in the folder that a model was loaded from."""
+    loaded_from = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return read_key(Path(loaded_from)) if loaded_from else None
+
+
+def named_key(config: GeReConfig, reuse: bool, model: Any, checkpoint: Path | None) -> str | None:
+    """Key that the user, the checkpoint or the folder of the loaded model names; `None` for a model that is its base.
+
+    Args:
+        config: The setting `anchor`.
+        reuse: Reuse an anchor that is there.
+        model: The model without its distributed wrapper.
+        checkpoint: The checkpoint that training resumes from.
+
+    Raises:
+        ConfigError: If a fine-tuned model would become a base.
+        CacheMissingError: If the checkpoint names no anchor.
+        CacheCorruptError: If a file that names an anchor is damaged.
+    """
+    if config.anchor not in (AUTO, LIVE):
+        return config.anchor.removeprefix("anchor-")
+    if checkpoint is not None:
+        key = read_key(checkpoint)
+        if key is None:
+            raise CacheMissingError(
+                "Training resumes from a checkpoint that names no anchor, and its model cannot be anchored any more.",
+                where=checkpoint,
+                expected=f"{ANCHOR_FILE}, which GeReTrainer writes into every checkpoint",
+                found="a checkpoint of another trainer, or of GeReTrainer without replay",
+                fix="Start from the base model, or set gere_config.anchor to the key of its anchor.",
+            )
+        return key
+    key = loaded_key(model)
+    if key is not None and not reuse:
+        raise ConfigError(
+            "This model was fine-tuned from a base model, whose anchor its folder names. "
+            "reuse_gere_hidden_state=False would anchor the fine-tuned model instead of its base.",
+            where="reuse_gere_hidden_state",
+            expected=f"True, to use the anchor {key}",
+            found="False",
+            fix=f"Leave it out; or, to make this model a base of its own, delete {ANCHOR_FILE} from its folder.",
+        )
+    return key
+
+
+def keys_in_runs(folders: Iterable[Path]) -> dict[str, list[Path]]:
+    """Keys that output folders name, in themselves, in their checkpoints and in all folders below.
+
+    Args:
+        folders: Output folders of runs.
+
+    Returns:
+        By key, the folders that name it.
+
+    Raises:
+        CacheMissingError: If one of the folders is not there.
+        CacheFolderError: If a folder cannot be read.
+        CacheCorruptError: If a file that names an anchor is damaged.
+    """
+    found: dict[str, list[Path]] = {}
+    for folder in folders:
+        for holder in _holders(folder):
+            found.setdefault(_sure_key(holder), []).append(holder)
+    return found
+
+
+def _holders(folder: Path) -> Iterator[Path]:
+    """Folders in and below `folder`, links followed, that hold a file that names an anchor."""
+    if not folder.is_dir():
+        raise CacheMissingError(
+            "An output folder is not there.",
+            where=folder,
+            expected="a folder of runs, whose anchors stay",
+            found="a file" if folder.exists() else "no such folder",
+            fix="Correct the path, or leave it out.",
+        )
+    seen: set[Path] = set()
+    for name, below, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        path = Path(name)
+        if path.resolve() in seen:  # a link can lead back to a folder above it
+            below.clear()
+            continue
+        seen.add(path.resolve())
+        if ANCHOR_FILE in files:
+            yield path
+
+
+def _refuse(error: OSError) -> None:
+    raise CacheFolderError(
+        "An output folder cannot be read, so that the anchors that it names are not known.",
+        where=error.filename,
+        expected="a folder that this process may read",
+        found=f"{type(error).__name__}: {error.strerror}",
+        fix="Run this as a user who may read it.",
+    ) from error
+
+
+def _sure_key(folder: Path) -> str:
+    """Key that a folder names. Anything that only looks like one would let an anchor go that a run needs."""
+    key = None
+    try:
+        key = read_key(folder)
+    except OSError as error:
+        _refuse(error)
+    if key is None or not re.fullmatch("[0-9a-f]{32}", key):
+        raise CacheCorruptError(
+            "The file that names the anchor of a run names none.",
+            where=folder / ANCHOR_FILE,
+            expected="a key of 32 hexadecimal digits",
+            found="a link that leads nowhere" if key is None else repr(key),
+            fix="Restore the file, or delete it if the run is not needed any more.",
+        )
+    return key

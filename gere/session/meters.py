@@ -1,0 +1,75 @@
+"""Sums on the device between two logs: nothing is read back in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gere.losses.objective import ReplaySums
+
+
+class Meters:
+    """Adds up what the log shows, over micro-batches; ranks are joined when it is read.
+
+    Args:
+        distance: Name of the distance in the log; empty if there is none.
+        device: Where the sums are.
+    """
+
+    def __init__(self, distance: str, device: torch.device) -> None:
+        self._distance = distance
+        self._device = device
+        self._clear()
+
+    def _clear(self) -> None:
+        self._steps = 0
+        self._task_loss = torch.zeros((), device=self._device)
+        self._replay = torch.zeros(len(ReplaySums._fields), device=self._device)
+
+    def step(self) -> None:
+        """Count an optimizer step that has task rows."""
+        self._steps += 1
+
+    def add_task(self, loss: Tensor) -> None:
+        """Add the parent's loss of a micro-batch, weighed by its share of the step."""
+        self._task_loss = self._task_loss + loss.detach().float().to(self._device)
+
+    def add_replay(self, sums: ReplaySums) -> None:
+        """Add the replay rows of a micro-batch."""
+        self._replay = self._replay + torch.stack(list(sums)).to(self._device)
+
+    def read(self, join: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Averages since the last reading, and start again.
+
+        Args:
+            join: Mean of a vector over the ranks.
+
+        Returns:
+            `gere/...` values by name; empty if no step was taken.
+        """
+        steps = torch.tensor(float(self._steps), device=self._device)
+        total = join(torch.cat([torch.stack([steps, self._task_loss]), self._replay])).tolist()
+        self._clear()
+        return self._averages(total[0], total[1], *total[2:])
+
+    def _averages(self, steps: float, task_loss: float, *replay: float) -> dict[str, float]:
+        logs = {}
+        if steps:
+            logs["gere/task_loss"] = task_loss / steps
+        sums: Any = ReplaySums._make(replay)  # type: ignore[arg-type] # floats here, by the same names
+        if sums.rows:
+            logs["gere/ce"] = sums.ce / sums.rows
+            logs["gere/forgetting"] = sums.change / sums.rows
+            if self._distance:
+                logs[f"gere/{self._distance}"] = sums.distance / sums.rows
+                logs["gere/weight"] = sums.weight / sums.active if sums.active else 0.0
+        if sums.cappable:
+            logs["gere/capped"] = sums.capped / sums.cappable
+        if sums.calibrated:
+            logs["gere/unrelated"] = sums.unrelated / sums.calibrated
+        if sums.elements:
+            logs["gere/violations"] = sums.violated / sums.elements
+        return logs

@@ -39,6 +39,7 @@ else:
     _Parent = object
 
 logger = logging.getLogger("gere")
+OWN_LOADER = "the trainer makes its own data loader"
 
 
 class ReplayFacts(NamedTuple):
@@ -164,8 +165,19 @@ class GeReMixin(_Parent):
         mixed = MixedDataset(task, len(plan.replay.rows))
         sampler = self._gere_sampler(mixed, order, plan)
         mixed.total_dataset_length = len(sampler)
-        with self._gere_data(mixed, MixedCollator(collator, mixed.dummy), sampler=lambda *_: sampler):
-            return super().get_train_dataloader()
+        asked: list[Sampler[Any]] = []
+
+        def give_sampler(*_: Any) -> Sampler[Any]:
+            asked.append(sampler)
+            return sampler
+
+        with self._gere_data(mixed, MixedCollator(collator, mixed.dummy), sampler=give_sampler):
+            loader = super().get_train_dataloader()
+        if asked:
+            return loader
+        # The class below makes its loader by other means, over rows in an order that is not ours.
+        self._gere_add_from_now_on(OWN_LOADER)
+        return super().get_train_dataloader()
 
     def _gere_sampler(self, dataset: MixedDataset, parent: Any, plan: ReplayPlan) -> _EpochOfTrainer:
         ranks = self.accelerator.num_processes
@@ -209,7 +221,7 @@ class GeReMixin(_Parent):
             rows, replay = [batch.rows for batch in sent], [batch.replay for batch in sent]
         else:
             if not self._gere_why_added:
-                self._gere_add_from_now_on(f"{type(self).__name__} makes its own data loader")
+                self._gere_add_from_now_on(OWN_LOADER)
             rows, replay = self._gere_added_rows(len(samples))
         items = _compat.usable_count(self, items)
         dummy = [int(session.plan.lengths.argmin())]

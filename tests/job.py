@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 
 from gere import GeneralAbilityCallback, GeReConfig, GeReTrainer
-from gere.model import forward as passes
 from gere.ability import Question
 from gere.cache.base_model import BaseModel
 from gere.cache.distil import Part
+from gere.model import forward as passes
 from gere.replay.batch import REPLAY, ROWS, TASK
 
 DEFAULTS = {

@@ -15,8 +15,8 @@ from transformers import Trainer, TrainerCallback
 
 from gere import GeneralAbilityCallback, GeReTrainer, general_loss
 from gere.ability import Question, choice_accuracy, option_scores, read_questions
-from gere.evaluation.choices import encode
 from gere.errors import ConfigError, MissingPackageError, QuestionError, TokenizerError
+from gere.evaluation.choices import encode
 from gere.ranks import Ranks
 
 QUESTIONS = [

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import DataCollatorForSeq2Seq, Trainer, trainer_pt_utils
+from watching import Watch
 
-from gere import gere_trainer
-from gere.replay.batch import REPLAY, ROWS, TASK
-from gere.sampler.insertion import added_rows, replay_stream
+from gere import GeReConfig, gere_trainer
+from gere.errors import ConfigError
+from gere.sampler import added_rows, replay_stream
 
 KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
 
@@ -37,47 +38,23 @@ def test_every_step_adds_the_next_rows_of_the_stream(size, rows, step, micro_ste
     assert sizes == sorted(sizes), "the last micro-steps hold them"
 
 
-def watched(trainer):
-    """The batches of each optimizer step."""
-    steps, original = [], trainer.get_batch_samples
-
-    def get_batch_samples(*args, **kwargs):
-        samples, items = original(*args, **kwargs)
-        steps.append(samples)
-        return samples, items
-
-    trainer.get_batch_samples = get_batch_samples
-    return steps
-
-
 def stream_of(task, count=400):
     return Dataset.from_list(task * (count // len(task))).to_iterable_dataset()
 
 
-def real_rows(part):
-    return [
-        tuple(ids[mask.bool()].tolist()) for ids, mask in zip(part["input_ids"], part["attention_mask"], strict=True)
-    ]
-
-
 @pytest.mark.parametrize("replay", [1, 3, 9])
-def test_streaming_adds_rows_and_says_so_once(make_trainer, task, replay, caplog):
+def test_streaming_adds_rows_and_says_so_once(make_trainer, task, general, replay, caplog):
     trainer = make_trainer(train_dataset=stream_of(task), replay=replay)
-    steps = watched(trainer)
+    watch = Watch(trainer, general)
     with caplog.at_level(logging.WARNING, logger="gere"):
         trainer.train()
         trainer.train()
     said = [record.getMessage() for record in caplog.records if record.name == "gere"]
     assert len(said) == 1 and f"gets {replay} replay rows beside" in said[0] and "IterableDataset" in said[0]
-    assert len(steps) == 6
-    for samples in steps:
-        assert sum(sample[ROWS][1] for sample in samples) == replay
-        assert sum(len(sample[REPLAY]["input_ids"]) for sample in samples if REPLAY in sample) == replay
-    replayed = [
-        row for samples in steps[:3] for sample in samples if REPLAY in sample for row in real_rows(sample[REPLAY])
-    ]
+    assert watch.counts == [(8, replay)] * 6
+    replayed = [row for step in range(3) for row in watch.replay(step)]
     assert len(set(replayed)) == min(24, 3 * replay), "every step has the next rows"
-    first = [row for samples in steps[:3] for sample in samples for row in real_rows(sample[TASK])]
+    first = [row for step in range(3) for row in watch.task(step)]
     assert first == [tuple(row["input_ids"]) for row in task[:24]], "no task row is lost or replaced"
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert all(set(log) >= KEYS for log in logs)
@@ -92,12 +69,13 @@ def test_added_rows_weigh_as_rows_of_a_larger_step(make_trainer, arguments, task
         assert log["loss"] == pytest.approx((8 * log["gere/task_loss"] + 3 * replay) / 11, rel=1e-4)
 
 
-def test_another_dataset_may_replace_rows_again(make_trainer, task):
+def test_another_dataset_may_replace_rows_again(make_trainer, task, general):
     trainer = make_trainer(train_dataset=stream_of(task))
+    watch = Watch(trainer, general)
     trainer.train()
     trainer.train_dataset = task
     trainer.train()
-    assert not trainer._gere.adding and trainer.state.global_step == 3
+    assert watch.counts == [(8, 4)] * 3 + [(4, 4)] * 3
 
 
 def test_task_loss_of_an_untouched_model_is_the_parents(make_trainer, task):
@@ -125,22 +103,17 @@ def test_task_loss_does_not_depend_on_the_accumulation(make_trainer, arguments, 
         assert found[0][key] == pytest.approx(found[1][key], rel=0.05)
 
 
-def test_resume_adds_the_rows_of_the_uninterrupted_run(make_trainer, arguments, task, tmp_path):
+def test_resume_adds_the_rows_of_the_uninterrupted_run(make_trainer, arguments, task, general, tmp_path):
     def args(**changes):
         return arguments(max_steps=6, save_strategy="steps", save_steps=4, **changes)
 
     whole = make_trainer(args=args(output_dir=str(tmp_path / "whole")), train_dataset=stream_of(task), replay=3)
-    expected = watched(whole)
+    expected = Watch(whole, general)
     whole.train()
     resumed = make_trainer(args=args(), train_dataset=stream_of(task), replay=3)
-    found = watched(resumed)
+    found = Watch(resumed, general)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    assert len(found) == 2
-    for ours, theirs in zip(found, expected[4:], strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            assert real_rows(a[TASK]) == real_rows(b[TASK])
-            assert (REPLAY in a) == (REPLAY in b)
-            assert REPLAY not in a or real_rows(a[REPLAY]) == real_rows(b[REPLAY])
+    assert found.steps == expected.steps[4:] and len(found.steps) == 2
     logs = [[log["loss"] for log in t.state.log_history if "loss" in log][-2:] for t in (whole, resumed)]
     assert logs[0] == logs[1]
 
@@ -153,44 +126,56 @@ class OwnLoader(Trainer):
         return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
 
 
-def test_a_loader_of_ones_own(make_trainer, task, tokenizer, general, tmp_path, arguments):
-    from gere import GeReConfig
-
+@pytest.mark.parametrize("mode", ["add", "auto"])
+def test_a_loader_of_ones_own(make_trainer, task, tokenizer, general, tmp_path, arguments, mode, caplog):
     trainer = gere_trainer(OwnLoader)(
         make_trainer(Trainer).model, arguments(max_steps=2), DataCollatorForSeq2Seq(tokenizer), task,
         processing_class=tokenizer, num_interpolate_per_batch=2, gere_hidden_state_saving_dir=tmp_path / "saving",
-        gere_config=GeReConfig(replay_dataset=general, max_length=40, replay_mode="add"),
+        gere_config=GeReConfig(replay_dataset=general, max_length=48, replay_mode=mode),
     )  # fmt: skip
-    steps = watched(trainer)
+    watch = Watch(trainer, general)
     trainer.train()
-    rows = [row for samples in steps for sample in samples for row in real_rows(sample[TASK])]
-    assert rows == [tuple(row["input_ids"]) for row in task[:16]]
+    assert watch.counts == [(8, 2)] * 2
+    assert watch.task(0) + watch.task(1) == [tuple(row["input_ids"]) for row in task[:16]]
+    assert caplog.text.count("and none is replaced") == 1
 
 
-def test_batch_rebalance_adds_rows(make_trainer, arguments):
+@pytest.mark.parametrize(("mode", "replay"), [("replace", 2), ("auto", None)])
+def test_a_loader_of_ones_own_that_leaves_no_room_is_refused(
+    make_trainer, task, tokenizer, general, tmp_path, arguments, mode, replay
+):
+    trainer = gere_trainer(OwnLoader)(
+        make_trainer(Trainer).model, arguments(max_steps=2), DataCollatorForSeq2Seq(tokenizer), task,
+        processing_class=tokenizer, num_interpolate_per_batch=replay, gere_hidden_state_saving_dir=tmp_path / "saving",
+        gere_config=GeReConfig(replay_dataset=general, max_length=48, replay_mode=mode),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"makes its own data loader[\s\S]*next:"):
+        trainer.train()
+
+
+def test_batch_rebalance_adds_rows(make_trainer, arguments, general):
     if not hasattr(trainer_pt_utils, "BatchRebalanceSampler"):
         pytest.skip("this version of transformers has no such sampler, and 5.6 takes any name of one")
     trainer = make_trainer(args=arguments(train_sampling_strategy="batch_rebalance"))
-    steps = watched(trainer)
+    watch = Watch(trainer, general)
     trainer.train()
-    assert trainer._gere.adding and trainer.state.global_step == 3
-    assert all(sum(sample[ROWS][1] for sample in samples) == 4 for samples in steps)
+    assert watch.counts == [(8, 4)] * 3
 
 
-def test_dispatched_batches_add_rows(make_trainer, arguments, task):
+def test_dispatched_batches_add_rows(make_trainer, arguments, task, general):
     args = arguments(accelerator_config={"dispatch_batches": True})
     trainer = make_trainer(args=args, train_dataset=[row for row in task if len(row["input_ids"]) == 38] * 9)
+    watch = Watch(trainer, general)
     trainer.train()
-    assert trainer._gere.adding and trainer.state.global_step == 3
+    assert watch.counts == [(8, 4)] * 3
 
 
-def test_the_last_step_of_an_epoch_may_be_short(make_trainer, arguments, task):
+def test_the_last_step_of_an_epoch_may_be_short(make_trainer, arguments, task, general):
     """9 rows in micro-batches of 4, two a step: the second step has one micro-batch, and half of the replay rows."""
     trainer = make_trainer(
         args=arguments(max_steps=-1, num_train_epochs=2), train_dataset=task[:9], config={"replay_mode": "add"}
     )
-    steps = watched(trainer)
+    watch = Watch(trainer, general)
     trainer.train()
-    assert [len(samples) for samples in steps] == [2, 1, 2, 1]
-    assert [sum(sample[ROWS][1] for sample in samples) for samples in steps] == [4, 2, 4, 2]
+    assert watch.counts == [(8, 4), (1, 2), (8, 4), (1, 2)]
     assert all(torch.isfinite(torch.tensor(log["loss"])) for log in trainer.state.log_history if "loss" in log)

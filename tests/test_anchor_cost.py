@@ -15,12 +15,12 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT))
 from benchmarks.anchor_sides import Setup, build, counted, naive, on_ranks
 from gere import GeReConfig
-from gere.session.anchor import ReadyModel, build_plan
-from gere.cache.base_model import BaseModel
 from gere.cache import Anchor, build_anchor, unpack
+from gere.cache.base_model import BaseModel
 from gere.cache.plan import parts_of
 from gere.ranks import ALONE
 from gere.replay.rows import ReplaySet
+from gere.session.anchor import ReadyModel, build_plan
 
 SETUP = Setup("", None, 64, "float32", "cpu")
 

@@ -30,9 +30,9 @@ from gere.errors import (
     UnsupportedModelError,
     UnsupportedSettingError,
 )
+from gere.model.states import is_reentrant
 from gere.replay.rows import load_replay_set
 from gere.replay.texts import load_texts
-from gere.model.states import is_reentrant
 
 TEXTS = ["One text of several words.", "Another text, a little longer than the first."]
 

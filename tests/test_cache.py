@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from gere import _files as cache_files
 from gere.cache import (
     Anchor,
     BuildPlan,
@@ -35,11 +36,10 @@ from gere.cache import (
     regions,
     unpack,
 )
-from gere import _files as cache_files
 from gere.cache.fingerprint import key_of
-from gere.model.batching import batches_by_length
 from gere.cache.store import read_manifest
 from gere.errors import CacheCorruptError, CacheFolderError, CacheMismatchError, NonFiniteStateError
+from gere.model.batching import batches_by_length
 
 DIM = 32
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, load_tiny
 from filelock import FileLock
+from gere.session.named import keys_in_runs
 from peft import LoraConfig, get_peft_model
 from processes import finish, free_port
 from test_lora import with_lora
@@ -27,7 +28,6 @@ from gere.cache.fingerprint import text_digest
 from gere.cache.store import manifest_bytes
 from gere.cli.main import main, make_parser
 from gere.cli.settings import read_settings
-from gere.session.named import keys_in_runs
 
 HEAVY = "print('heavy:', *sorted({'torch', 'transformers', 'datasets', 'yaml'} & set(sys.modules)))"
 KEYS = [letter * 32 for letter in "abcdef"]

@@ -9,14 +9,14 @@ import sys
 
 import pytest
 from conftest import ROOT, TINY, load_tiny
+from gere.writing import base_texts
 from test_self_replay import small
 
 from gere import GeReConfig
-from gere.session.anchor import write_key
 from gere.cli.main import main
 from gere.cli.replay_stats import Record, describe, without_repeats
 from gere.replay.texts import load_texts
-from gere.writing import base_texts
+from gere.session.anchor import write_key
 
 
 @pytest.fixture

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DataCollatorWithFlattening
+from torch.utils.data import SequentialSampler
+from watching import Watch
 
 from gere import GeReTrainer
-from gere.replay.batch import REPLAY, TASK, MixedCollator
 from gere.errors import ConfigError
-from gere.sampler.lengths import grouped, put_last, row_lengths, step_sizes
-from gere.replay.rows import ReplaySet
-from gere.sampler.insertion import BatchInsertionSampler, added_rows, replay_stream
+from gere.sampler import BatchInsertionSampler, added_rows, replay_stream
+from gere.sampler.lengths import grouped, step_sizes
 
 
 def some_lengths(size, seed):
@@ -167,9 +164,10 @@ def test_lengths_of_another_set_are_refused():
         BatchInsertionSampler(10, 5, batch_size=8, replay_per_batch=2, replay_lengths=[1, 2, 3])
 
 
-def real_share(samples, part):
-    masks = [sample[part]["attention_mask"] for sample in samples if part in sample]
-    return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+def real_share(watch, replayed):
+    """Real tokens over padded ones, in calls on replay rows or on task rows."""
+    calls = [call for step in watch.steps for call in step if (call.rows[0] in watch.replay_set) is replayed]
+    return sum(len(row) for call in calls for row in call.rows) / sum(call.padded for call in calls)
 
 
 @pytest.mark.parametrize("replay", [4, 3, 0])
@@ -182,14 +180,29 @@ def test_group_by_length_holds_beside_replay_rows(make_trainer, arguments, gener
     for grouping in (True, False):
         names = {"train_sampling_strategy": "group_by_length"} if grouping else {}
         try:
-            args = arguments(max_steps=-1, **names)
+            args = arguments(max_steps=-1, num_train_epochs=1, **names)
         except TypeError:
-            args = arguments(max_steps=-1, group_by_length=True)
+            args = arguments(max_steps=-1, num_train_epochs=1, group_by_length=True)
         trainer = make_trainer(args=args, replay=replay, train_dataset=rows, config={"replay_dataset": texts})
-        samples = list(trainer.get_train_dataloader())
-        shares[grouping] = [real_share(samples, part) for part in (TASK, REPLAY)]
+        watch = Watch(trainer, texts)
+        trainer.train()
+        shares[grouping] = [real_share(watch, replayed) for replayed in (False, True)]
     assert shares[False][0] < 0.8 < 0.9 < shares[True][0]
     assert min(shares[True][1], shares[False][1]) > 0.9 - 0.1 * (replay == 0)
+
+
+def test_task_rows_keep_the_order_of_the_parent(make_trainer, arguments, task, general):
+    """Replay rows take places at the end of each step; what is left of the steps is the parent's order."""
+
+    class InOrder(GeReTrainer):
+        def _get_train_sampler(self, *arguments):
+            return SequentialSampler(self.train_dataset)
+
+    trainer = make_trainer(InOrder, args=arguments(max_steps=6), replay=3)
+    watch = Watch(trainer, general)
+    trainer.train()
+    rows = [row for step in range(6) for row in watch.task(step)]
+    assert rows == [tuple(row["input_ids"]) for row in task[:30]]
 
 
 def test_rows_that_are_added_have_similar_lengths_too(make_trainer, arguments, task, general):
@@ -198,207 +211,24 @@ def test_rows_that_are_added_have_similar_lengths_too(make_trainer, arguments, t
         args=arguments(max_steps=6), train_dataset=Dataset.from_list(task).to_iterable_dataset(), replay=4,
         config={"replay_dataset": texts},
     )  # fmt: skip
-    samples, collect = [], trainer.get_batch_samples
-
-    def get_batch_samples(*args, **kwargs):
-        found = collect(*args, **kwargs)
-        samples.extend(found[0])
-        return found
-
-    trainer.get_batch_samples = get_batch_samples
+    watch = Watch(trainer, texts)
     trainer.train()
-    assert real_share(samples, REPLAY) > 0.9
-    replayed = [row for sample in samples if REPLAY in sample for row in sample[REPLAY]["input_ids"].tolist()]
-    assert len({str(row).replace(", 0", "") for row in replayed}) == len(texts), "six steps replay each row once"
+    assert real_share(watch, True) > 0.9
+    assert len({row for step in range(6) for row in watch.replay(step)}) == len(texts), (
+        "six steps replay each row once"
+    )
 
 
-def test_a_short_step_leaves_the_later_ones_whole(make_trainer, arguments, task, monkeypatch):
+def test_a_short_step_leaves_the_later_ones_whole(make_trainer, arguments, task, tokenizer, general):
     """9 rows in micro-batches of 4, two a step: every second step has half of the rows."""
     trainer = make_trainer(
         args=arguments(max_steps=4), train_dataset=task[:9], config={"replay_mode": "add"}, replay=4
     )
-    indices, original = [], MixedCollator.replay_batch
-    monkeypatch.setattr(
-        MixedCollator, "replay_batch", lambda self, rows: indices.append(sorted(rows)) or original(self, rows)
-    )
+    watch = Watch(trainer, general)
     trainer.train()
-    lengths, seed = trainer._gere.replay_lengths, trainer.args.seed
-    expected = [
-        sorted(itertools.islice(replay_stream(len(lengths), seed, 4 * step, lengths, 4), 2 if step % 2 else 4))
-        for step in range(4)
-    ]
-    assert indices == expected
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 60), st.integers(0, 7), st.sampled_from([(8, 1), (4, 1), (4, 2), (2, 4), (1, 8), (2, 1)]))
-def test_lengths_of_task_rows_move_them_within_their_step_alone(size, replay, shape):
-    micro, world = shape
-    lengths = some_lengths(size, 7)
-
-    def steps(of_rows):
-        order = list(
-            BatchInsertionSampler(
-                size,
-                9,
-                batch_size=8,
-                replay_per_batch=replay,
-                micro_batch_size=micro,
-                world_size=world,
-                seed=3,
-                replay_lengths=some_lengths(9, 8),
-                task_lengths=of_rows,
-            )
-        )
-        return [order[start : start + 8] for start in range(0, len(order), 8)]
-
-    for ours, plain in zip(steps(lengths), steps(None), strict=True):
-        assert sorted(ours) == sorted(plain)
-        assert [i >= size for i in ours] == [i >= size for i in plain], "replay rows stay in their places"
-        assert [i for i in ours if i >= size] == [i for i in plain if i >= size]
-        tasks, width = [i for i in ours if i < size], micro * world
-        mixed = len(tasks) % width
-        for part in (tasks[: len(tasks) - mixed], tasks[len(tasks) - mixed :]):
-            assert [lengths[i] for i in part] == sorted(lengths[part])
-
-
-@given(st.integers(0, 5), st.integers(1, 6), st.integers(0, 5), st.integers(0, 600), st.integers(0, 9))
-def test_rows_beside_replay_rows_are_taken_in_one_piece(groups, width, count, wanted, seed):
-    lengths = np.sort(some_lengths(groups * width + count, seed))
-    rows = list(range(len(lengths)))
-    found = put_last(rows, lengths, count, width, wanted) if count else rows
-    assert sorted(found) == rows
-    last = found[len(found) - count :]
-    assert last == list(range(last[0], last[0] + count)) if count else not last
-    rest = found[: len(found) - count]
-    for group in (rest[at : at + width] for at in range(0, len(rest), width)):
-        assert group == list(range(group[0], group[0] + width))
-    if count:  # no other piece between two groups would have been nearer
-        ends = [abs(int(lengths[at + count - 1]) - wanted) for at in range(0, len(rows) - count + 1, width)]
-        assert abs(int(lengths[last[-1]]) - wanted) == min(ends)
-
-
-def test_a_length_for_each_task_row():
-    with pytest.raises(ConfigError, match="task_lengths"):
-        BatchInsertionSampler(9, 3, batch_size=4, replay_per_batch=1, task_lengths=[1] * 8)
-
-
-def test_lengths_are_read_where_no_row_has_to_be_made_for_them():
-    rows = [{"input_ids": list(range(n)), "labels": [0]} for n in (3, 0, 5, 2)]
-    table = Dataset.from_list(rows)
-    assert row_lengths(rows).tolist() == row_lengths(tuple(rows)).tolist() == [3, 0, 5, 2]
-    assert row_lengths(table).tolist() == row_lengths(table.with_format("torch")).tolist() == [3, 0, 5, 2]
-    assert row_lengths(table.select([2, 0, 2])).tolist() == [5, 3, 5]
-    assert row_lengths(table.shuffle(seed=1)).tolist() == [len(row["input_ids"]) for row in table.shuffle(seed=1)]
-    assert row_lengths([]).tolist() == row_lengths(table.select([])).tolist() == []
-
-
-def test_lengths_in_several_blocks(monkeypatch):
-    monkeypatch.setattr("gere.grouping.ROWS_AT_A_TIME", 3)
-    table = Dataset.from_dict({"input_ids": [list(range(n)) for n in range(8)]})
-    assert row_lengths(table).tolist() == list(range(8))
-
-
-def test_lengths_that_are_not_known():
-    class Made:
-        def __len__(self):
-            return 2
-
-        def __getitem__(self, index):
-            raise AssertionError("a row is made")
-
-    table = Dataset.from_dict({"input_ids": [[1], [1, 2]]})
-    unknown = [
-        Made(),
-        [{"text": "a"}],
-        [{"input_ids": [1]}, {"input_ids": 3}],
-        ["a"],
-        [{"input_ids": torch.tensor(3)}],
-        SimpleNamespace(column_names=["input_ids"], with_format=None),
-        Dataset.from_dict({"text": ["a"]}),
-        Dataset.from_dict({"input_ids": ["a", "b"]}),
-        Dataset.from_dict({"input_ids": [[1], None]}),
-        table.with_transform(lambda batch: batch),
-    ]
-    assert [row_lengths(dataset) for dataset in unknown] == [None] * len(unknown)
-
-
-@pytest.mark.parametrize("as_table", [False, True])
-def test_a_step_trains_on_the_parents_rows_with_little_padding(make_trainer, arguments, task, as_table):
-    """Rows of 4 to 80 tokens in steps of 16: which rows a step has is the parent's, how they share calls is not."""
-    rng = np.random.default_rng(0)
-    rows = [{name: values[:1] * n for name, values in task[0].items()} for n in rng.integers(4, 80, 60)]
-    args = arguments(gradient_accumulation_steps=8, per_device_train_batch_size=4)
-
-    def batches(trainer):
-        found = list(trainer.get_train_dataloader())
-        parts = [batch[TASK]["attention_mask"] for batch in found if TASK in batch]
-        return sum(int(mask.sum()) for mask in parts) / sum(mask.numel() for mask in parts), found
-
-    kinds = [Dataset.from_list(rows), [dict(row) for row in rows]]
-    share, ours = batches(make_trainer(args=args, train_dataset=kinds[not as_table]))
-    other, theirs = batches(make_trainer(args=args, train_dataset=Hidden(rows)))
-    assert other < 0.7 < 0.88 < share and len(ours) == len(theirs)
-    for start in range(0, len(ours), 8):
-        counts = [
-            Counter(
-                int(n)
-                for batch in side[start : start + 8]
-                if TASK in batch
-                for n in batch[TASK]["attention_mask"].sum(1)
-            )
-            for side in (ours, theirs)
-        ]
-        assert counts[0] == counts[1]
-
-
-class Hidden:
-    """A dataset that does not tell its lengths."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
-
-
-class OwnLoss(GeReTrainer):
-    """May take a mean over each batch."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        return super().compute_loss(model, inputs, return_outputs, **kwargs)
-
-
-def uncounted(trainer):
-    trainer.model_accepts_loss_kwargs = False
-
-
-def flattened(trainer):
-    trainer.data_collator = DataCollatorWithFlattening()
-
-
-def own_function(trainer):
-    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum()
-
-
-def empty(trainer):
-    trainer._gere._replay_set = ReplaySet([], 0, {})
-
-
-@pytest.mark.parametrize(
-    ("cls", "change", "deals"),
-    [(GeReTrainer, None, True), (OwnLoss, None, False)]
-    + [(GeReTrainer, change, False) for change in (uncounted, flattened, own_function, empty)],
-)
-def test_rows_are_dealt_where_the_loss_counts_tokens(make_trainer, cls, change, deals):
-    """A loss that takes a mean over each batch would weigh the tokens of short rows more."""
-    trainer = make_trainer(cls, replay=0 if change is empty else 4)
-    if change is not None:
-        change(trainer)
-    sampler = trainer.get_train_dataloader().batch_sampler.sampler.sampler
-    assert (sampler.task_lengths is not None) is deals
-    if deals:
-        assert sampler.task_lengths.tolist() == [len(row["input_ids"]) for row in trainer.train_dataset]
+    rows = [tuple(tokenizer(text)["input_ids"][:48]) for text in general]
+    lengths, seed = np.array([len(row) for row in rows]), trainer.args.seed
+    for step in range(4):
+        stream = replay_stream(len(rows), seed, 4 * step, lengths, 4)
+        expected = sorted(rows[index] for index in itertools.islice(stream, 2 if step % 2 else 4))
+        assert sorted(watch.replay(step)) == expected

@@ -21,11 +21,11 @@ from transformers import Trainer
 
 from gere import GeneralAbilityCallback, GeReTrainer
 from gere.ability import Question, choice_accuracy, option_scores, read_questions
+from gere.continual.sequence import _ability
+from gere.errors import ConfigError, MissingPackageError, QuestionError
 from gere.evaluation import lm_eval_scores as harness_scores
 from gere.evaluation.lm_eval import load_tasks
 from gere.evaluation.lm_eval_scores import harness_accuracy
-from gere.continual.sequence import _ability
-from gere.errors import ConfigError, MissingPackageError, QuestionError
 from gere.ranks import Ranks
 
 WORDS = "the room was dirty and badly made, but they served roasted seeds"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer
+from watching import Watch
 
-from gere.replay.batch import MixedCollator, TaskRow
 from gere.errors import CacheMissingError
 
 SCRIPT = """
@@ -77,38 +77,26 @@ def test_kill_and_resume_is_bit_for_bit(tmp_path, kind):
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-@pytest.fixture
-def rows_seen(monkeypatch):
-    seen: list = []
-    original = MixedCollator.__call__
-
-    def watch(self, rows):
-        seen.append([str(row.content["input_ids"]) if isinstance(row, TaskRow) else row.index for row in rows])
-        return original(self, rows)
-
-    monkeypatch.setattr(MixedCollator, "__call__", watch)
-    return seen
-
-
 @pytest.mark.parametrize("replay", [0, 3])
-def test_resume_at_every_step_of_three_epochs(make_trainer, arguments, task, tmp_path, rows_seen, replay):
+def test_resume_at_every_step_of_three_epochs(make_trainer, arguments, task, general, tmp_path, replay):
     def args():
         return arguments(max_steps=-1, num_train_epochs=3, save_strategy="steps", save_steps=1, save_only_model=False)
 
     def trainer():
-        return make_trainer(args=args(), replay=replay, train_dataset=task[:17])
+        made = make_trainer(args=args(), replay=replay, train_dataset=task[:17])
+        return made, Watch(made, general)
 
-    first = trainer()
+    first, whole = trainer()
     first.train()
-    whole, steps = list(rows_seen), first.state.global_step
-    assert steps == first.state.max_steps and len(whole) == 2 * steps
-    third = len(whole) // 3
-    assert whole[:third] != whole[third : 2 * third] != whole[2 * third :], "each epoch has an order of its own"
+    steps = first.state.global_step
+    assert steps == first.state.max_steps == len(whole.steps)
+    third = steps // 3
+    epochs = [whole.steps[start : start + third] for start in (0, third, 2 * third)]
+    assert epochs[0] != epochs[1] != epochs[2], "each epoch has an order of its own"
     for step in range(1, steps):
-        rows_seen.clear()
-        resumed = trainer()
+        resumed, seen = trainer()
         resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
-        assert rows_seen == whole[2 * step :], f"resumed at step {step}"
+        assert seen.steps == whole.steps[step:], f"resumed at step {step}"
         assert resumed.state.global_step == steps
 
 

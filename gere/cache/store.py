@@ -129,7 +129,7 @@ class Anchor:
 
     def tokens(self, row: int) -> int:
         """Number of tokens of a row."""
-        return int(self._index["tokens"][row])
+        return self._places["tokens"][row]
 
     def targets(self, row: int) -> dict[str, Tensor]:
         """Targets of a row, tensors of shape [tokens, *] by name, read from the memory-mapped shard.
@@ -139,14 +139,19 @@ class Anchor:
         """
         if not self.dim:
             return {}
-        start = int(self._index["start"][row])
+        start = self._places["start"][row]
         stop = start + self.tokens(row)
-        with safe_open(self._shards[int(self._index["shard"][row])], framework="pt") as shard:
+        with safe_open(self._shards[self._places["shard"][row]], framework="pt") as shard:
             return {name: shard.get_slice(name)[start:stop].clone() for name in shard.keys()}  # noqa: SIM118
 
     @cached_property
     def _index(self) -> dict[str, Tensor]:
         return load_file(self.folder / ROWS)
+
+    @cached_property
+    def _places(self) -> dict[str, list[int]]:
+        """Tokens, shard and first token in it of each row, as plain numbers, since a training step reads them."""
+        return {name: values.tolist() for name, values in self._index.items() if name != "base_ce"}
 
     @cached_property
     def _shards(self) -> list[Path]:

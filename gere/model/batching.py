@@ -38,3 +38,11 @@ def batches_by_length(rows: Sequence[Sequence[int]], batch_tokens: int) -> Itera
 def shortest_row(rows: Sequence[Sequence[int]]) -> int:
     """Index of the shortest row: what a rank without rows of its own runs, so that the others need not wait."""
     return min(range(len(rows)), key=lambda row: len(rows[row]))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor from main memory in a training step, without waiting for the work of a GPU."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    # A copy from memory that is not pinned waits until the GPU has done all that was asked of it before.
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -15,7 +15,7 @@ from gere.cache.base_model import BaseModel
 from gere.losses.objective import ReplayObjective
 from gere.losses.strategy import Strategy, Tensors
 from gere.losses.weighting import RowWeight, make_weight
-from gere.model.batching import pad_rows
+from gere.model.batching import pad_rows, to_device
 from gere.model.forward import see
 from gere.model.states import StateReader
 from gere.session.anchor import ReadyModel, find_anchor
@@ -72,12 +72,12 @@ class ReplaySession:
             step: The micro-step, with at least one replay row.
             share: How the parts of the step add up.
         """
-        batch = {name: part.to(self.device) for name, part in self._tokens(step.replay).items()}
+        batch = {name: to_device(part, self.device) for name, part in self._tokens(step.replay).items()}
         # DDP waits for one call of its wrapper in each backward pass. Where the parent calls it on task rows, replay
         # rows go through the model inside: their gradients meet those of the task rows before they are exchanged.
         called = model if self.every_rank_calls or not step.rows.all_task else self.model
         seen = see(called, self.reader, batch["input_ids"], batch["attention_mask"])
-        base_ce = self.anchor.base_ce[list(step.replay)].to(self.device)
+        base_ce = to_device(self.anchor.base_ce[list(step.replay)], self.device)
         loss, sums = self.objective(seen, base_ce, self._targets(step.replay, seen.ids, seen.mask))
         if not step.rows.replay:
             return loss * 0.0
@@ -93,9 +93,8 @@ class ReplaySession:
         if self.strategy.live:
             return self.base.targets(ids, mask) if self.strategy.measures else {}
         stored = [self.anchor.targets(row) for row in rows]
-        return {
-            name: pad_sequence([row[name] for row in stored], batch_first=True).to(self.device) for name in stored[0]
-        }
+        padded = {name: pad_sequence([row[name] for row in stored], batch_first=True) for name in stored[0]}
+        return {name: to_device(values, self.device) for name, values in padded.items()}
 
 
 def begin_session(

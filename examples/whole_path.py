@@ -1,5 +1,6 @@
 """Two tasks in a row, plain and with replay, general loss measured throughout, and one page that shows what was kept.
 
+    pip install "gere[report]"
     python examples/whole_path.py --out whole_path --seeds 0 1
 
 As it stands it takes the random model and the texts of this repository, a minute on two CPU cores. For your own, take

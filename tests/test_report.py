@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -10,24 +11,23 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gere.cli.main import main
-from gere.errors import ConfigError, RunFolderError
+from gere.errors import ConfigError, MissingPackageError, RunFolderError
 from gere.report import make_report
-from gere.report.axes import axis_of
-from gere.report.figures import MEANINGS, ability, figures, group
-from gere.report.markdown import markdown_table
-from gere.report.plots import _points
-from gere.report.reading import labels_of, read_runs
-from gere.report.run import Run
-from gere.report.style import STYLE
-from gere.report.svg import HEIGHT, LEFT, MOST_POINTS, WIDTH, Line, Point, line_plot, point_plot, reach, thinned
+from gere.report.figures import MEANINGS, figures
+from gere.report.reading import read_runs
+from gere.report.runs import Run, labels_of
 
 TASKS = ["agnews", "yelp"]
 ACCURACY = [[0.9, 0.2], [0.5, 0.7]]
@@ -37,6 +37,8 @@ GENERAL = [
     {"general/loss": 4.0, "general/sciq": 0.6, "general/sciq_se": 0.01},
 ]
 VOID = {"meta", "br"}
+SVG, HREF = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
+HOSTILE = "<script>alert(\"1\")</script> | *x* `y` & \\ 'z' $x_{1$"
 
 
 def write_json(path, content):
@@ -103,7 +105,39 @@ class Page(HTMLParser):
 
 
 def pictures(text):
-    return [ElementTree.fromstring(picture) for picture in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
+    """Pictures of a page by what is read out in place of them."""
+    found = re.findall(r'<div role="img" aria-label="(.*?)">(<svg.*?</svg>)</div>', text, re.DOTALL)
+    return {html.unescape(title): ElementTree.fromstring(svg) for title, svg in found}
+
+
+def drawn(picture):
+    """What is in the axes of a picture: dots as (colour, across, up), bars as two ends, curves and their styles."""
+    paths = {path.get("id"): path.get("d") for path in picture.iter(f"{SVG}path")}
+    found = {"dots": [], "caps": [], "bars": [], "curves": [], "styles": []}
+    for part in picture.find(f"{SVG}g/{SVG}g[2]"):
+        kind = part.get("id").partition("-")[2].partition("_")[0]
+        if kind not in ("line2d", "LineCollection"):
+            continue
+        for use in part.iter(f"{SVG}use"):
+            place = value_at(picture, "x", use.get("x")), value_at(picture, "y", use.get("y"))
+            colour = re.search(r"--c\d", use.get("style"))[0]
+            found["dots" if "C" in paths[use.get(HREF)[1:]] else "caps"].append((colour, *place))
+        for path in part.findall(f"{SVG}path"):
+            points = re.findall(r"[ML] (\S+) (\S+)", path.get("d"))
+            places = [(value_at(picture, "x", x), value_at(picture, "y", y)) for x, y in points]
+            found["bars" if kind == "LineCollection" else "curves"].append(places)
+            found["styles"] += [path.get("style")] if kind == "line2d" else []
+    return found
+
+
+def value_at(picture, axis, place):
+    """The value at a place of a picture, by the text of its ticks."""
+    values, places = [], []
+    for tick in picture.iter(f"{SVG}g"):
+        if re.search(rf"-{axis}tick_\d+$", tick.get("id", "")):
+            values.append(float("".join(tick.itertext()).strip().replace("\u2212", "-").replace(",", "")))
+            places.append(float(next(tick.iter(f"{SVG}use")).get(axis)))
+    return float(np.polyval(np.polyfit(places, values, 1), float(place)))
 
 
 def rows_of(markdown):
@@ -215,50 +249,76 @@ def test_the_state_of_a_real_trainer(make_trainer, arguments, tmp_path):
 
 @pytest.fixture
 def mixed(tmp_path):
-    hostile = '<script>alert("1")</script> | *x* `y` & \\'
-    folders = [sequence(tmp_path / f"tm-{seed}", seed=seed, name=hostile) for seed in range(2)]
+    folders = [sequence(tmp_path / f"tm-{seed}", seed=seed, name=HOSTILE) for seed in range(2)]
     folders.append(sequence(tmp_path / "half", name="ce", rows=1, tasks=["<i>", "b&c"]))
-    folders.append(training(tmp_path / "<plain>"))
-    return folders
+    logs = [{"step": 1, 'gere/"><img src="x">': 1.0, "general/$\\frac{<b>\ud800": 0.5}]
+    return [*folders, training(tmp_path / "<plain>"), training(tmp_path / "keys", logs=logs)]
 
 
 def test_page_is_whole_and_loads_nothing(mixed):
     text = make_report(mixed).html
     page = Page(text)
-    assert {"script", "link", "img", "iframe", "base", "i"} & set(page.tags) <= {"i"} and page.tags.count("svg") >= 6
-    assert not {"src", "href", "onload", "onclick", "xlink:href"} & {name for name, _ in page.attributes}
-    assert "url(" not in text and "@import" not in text and "http" not in text.replace("http-equiv", "")
-    assert "<script" not in text and '<script>alert("1")</script> | *x* `y` & \\, seed 1' in page.texts
-    assert "after b&c" in page.texts and "<i>" in page.texts
+    assert not {"script", "link", "img", "image", "iframe", "base", "object", "a"} & set(page.tags)
+    assert page.tags.count("svg") >= 8
+    assert not {"src", "href", "onload", "onclick"} & {name for name, _ in page.attributes}
+    assert all(value.startswith("#") for name, value in page.attributes if name == "xlink:href")
+    assert text.count("url(") == text.count("url(#") > 0
+    assert "@import" not in text and "http" not in re.sub(r'http-equiv|xmlns(:xlink)?="[^"]*"', "", text)
     assert ("name", "viewport") in page.attributes and "prefers-color-scheme:dark" in text
-    assert any("default-src 'none'" in str(value) for _, value in page.attributes)
+    assert ("content", "default-src 'none';style-src 'unsafe-inline'") in page.attributes
 
 
-def test_pictures_have_names_and_scale(mixed):
-    found = pictures(make_report(mixed).html)
-    for picture in found:
-        assert picture.get("role") == "img" and picture.get("viewBox") == f"0 0 {WIDTH} {HEIGHT}"
-        assert picture[0].tag == "title" and picture[0].text
-        assert "width" not in picture.attrib
-    names = [picture[0].text for picture in found]
-    assert names[:3] == ["AP over general accuracy", "AP over general loss", "general/loss over optimizer steps"]
-    classes = {name for picture in found for part in picture.iter() for name in part.get("class", "").split()}
-    assert classes and all(f".{name}" in STYLE for name in classes)
+def test_names_are_text_wherever_they_stand(mixed):
+    text = make_report(mixed).html
+    page = Page(text)
+    assert "i" in page.tags and "b" not in page.tags, "the legend alone has i"
+    assert {HOSTILE, f"{HOSTILE}, seed 1", "after b&c", "<i>"} <= {part.strip() for part in page.texts}
+    labels = {value for name, value in page.attributes if name == "aria-label"}
+    assert {'gere/"><img src="x"> over optimizer steps', "general/$\\frac{<b>? over optimizer steps"} <= labels
+    assert "<script" not in text and str(mixed[3]) in page.texts
+
+
+def test_a_picture_takes_ids_and_colours_from_nowhere_else(mixed):
+    text = make_report(mixed).html
+    every = [value for name, value in Page(text).attributes if name == "id"]
+    assert len(every) == len(set(every)) > 100
+    found = pictures(text)
+    assert len(found) == text.count("<svg") >= 8
+    for picture in found.values():
+        svg = ElementTree.tostring(picture, encoding="unicode")
+        own = {part.get("id") for part in picture.iter()}
+        used = re.findall(r"url\((.*?)\)", svg) + [use.get(HREF) for use in picture.iter(f"{SVG}use")]
+        assert used and {reference[1:] for reference in used} <= own and {name[0] for name in used} == {"#"}
+        assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svg)) <= {"none", *re.findall(r"var\(--\w+\)", svg)}
+        assert all(text.count(f"{name}:") == 2 for name in re.findall(r"var\((--\w+)\)", svg)), "light and dark"
+        assert picture.get("viewBox") and "svg{display:block;width:100%;height:auto}" in text
+
+
+def test_what_is_drawn(mixed):
+    assert list(pictures(make_report(mixed).html))[:3] == [
+        "AP over general accuracy",
+        "AP over general loss",
+        "general/loss over optimizer steps",
+    ]
 
 
 def test_same_bytes_for_the_same_files(mixed, tmp_path):
+    """Whatever the order of Python's sets is, and whatever a user has set for matplotlib."""
     for seed in ("1", "2"):
         words = [sys.executable, "-m", "gere.cli", "report", *mixed, "--out", tmp_path / f"{seed}.html"]
         words += ["--markdown", tmp_path / f"{seed}.md"]
-        subprocess.run(words, env={**os.environ, "PYTHONHASHSEED": seed}, check=True, timeout=60, capture_output=True)
+        (tmp_path / seed).mkdir()
+        (tmp_path / seed / "matplotlibrc").write_text(f"font.size: 1{seed}\nlines.linewidth: {seed}\n")
+        env = {**os.environ, "PYTHONHASHSEED": seed, "MATPLOTLIBRC": str(tmp_path / seed)}
+        subprocess.run(words, env=env, check=True, timeout=60, capture_output=True)
     for end in ("html", "md"):
         assert (tmp_path / f"1.{end}").read_bytes() == (tmp_path / f"2.{end}").read_bytes()
 
 
 def test_heat_map(tmp_path):
     text = make_report([sequence(tmp_path / "run", accuracy=[[0.9, None], [0.5, 0.7]])]).html
-    table = ElementTree.fromstring(re.search(r'<table class="heat wide">.*?</table>', text)[0])
-    cells = [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
+    table = ElementTree.fromstring(re.search(r'<table class="heat wide">.*?</table>', text, re.DOTALL)[0])
+    cells = [["".join(cell.itertext()).strip() for cell in row] for row in table.iter("tr")]
     assert cells == [
         ["accuracy on", *TASKS],
         ["before training", "0.100", "0.100"],
@@ -352,61 +412,55 @@ def test_labels_are_unlike():
     assert labels_of(runs) == ["tm, seed 0", "tm, seed 1 (b)", "tm, seed 1 (c)", "ce"]
 
 
-def test_axes():
-    axis = axis_of([0, 10])
-    assert axis.place(axis.low) == 0 and axis.place(axis.high) == 1 and axis.place(5) == pytest.approx(0.5)
-    assert axis.ticks() == [0, 5, 10]
-    assert axis_of([3.3851, 3.4129]).ticks() == pytest.approx([3.39, 3.4, 3.41])
-    wide = axis_of([1e-4, 10.0], wide=True)
-    assert wide.logarithmic and wide.ticks() == pytest.approx([1e-4, 1e-2, 1])
-    assert not axis_of([0.0, 1e9], wide=True).logarithmic and not axis_of([1e-4, 10.0]).logarithmic
-    for same in (0.0, 7.0, -2.0):
-        assert axis_of([same]).place(same) == pytest.approx(0.5)
-    for low, high in [(-1e300, 1e300), (0, 5e-324), (1e16, 1e16 + 2), (-3, 1e-9)]:
-        assert 1 <= len(axis_of([low, high]).ticks()) <= 8
+def curve_of(tmp_path, values, key="gere/x"):
+    logs = [{"step": step, key: value} for step, value in values]
+    return drawn(pictures(make_report([training(tmp_path / "curve", logs=logs)]).html)[f"{key} over optimizer steps"])
 
 
-def test_points_lie_where_their_values_are():
-    picture = ElementTree.fromstring(line_plot("t", "x", "y", [Line("a", 0, [(0, 0), (10, 5), (20, 10)])]))
-    places = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in picture.iter("circle")]
-    texts = [(text.get("text-anchor"), text.text, text) for text in picture.iter("text")]
-    across = {text: float(at.get("x")) for anchor, text, at in texts if anchor == "middle"}
-    up = {text: float(at.get("y")) for anchor, text, at in texts if anchor == "end"}
-    assert places[1][0] == pytest.approx((places[0][0] + places[2][0]) / 2, abs=0.1)
-    assert [x for x, _ in places] == pytest.approx([across["0"], across["10"], across["20"]], abs=0.1)
-    assert places[0][1] > places[1][1] > places[2][1] and all(LEFT <= x <= WIDTH for x, _ in places)
-    assert [y + 4 for _, y in places] == pytest.approx([up["0"], up["5"], up["10"]], abs=0.1)
+def test_points_lie_where_their_values_are(tmp_path):
+    values = [(0, 0.0), (1000, 5.0), (2000, 10.0), (3000, -2.5)]
+    found = curve_of(tmp_path, values)
+    assert [place for _, *place in found["dots"]] == [pytest.approx(point, abs=0.01) for point in values]
+    assert found["curves"] == [[pytest.approx(point, abs=0.01) for point in values]]
 
 
-def drawn(points):
-    """Dots of a plot by their label, ends of its bars, and the value at each place by what the ticks say."""
-    picture = ElementTree.fromstring(point_plot("t", "x", "y", points))
-    dots = {dot[0].text: (float(dot.get("cx")), float(dot.get("cy"))) for dot in picture.iter("circle")}
-    bars = [path.get("d") for path in picture.iter("path") if "bar" in path.get("class").split()]
-    return dots, bars, [part.tag for part in picture if "bar" in part.get("class", "") or part.tag == "circle"]
+def test_an_axis_of_many_decades_is_logarithmic(tmp_path):
+    """Equal ratios are equal distances, from a factor of 1,000 on and above 0."""
+    for values, logarithmic in (((1e-4, 1e-2, 1.0), True), ((0.0, 1e-2, 1.0), False), ((1e-2, 0.1, 1.0), False)):
+        logs = [{"step": step, "gere/x": value} for step, value in enumerate(values)]
+        picture = pictures(make_report([training(tmp_path / "run", logs=logs)]).html)["gere/x over optimizer steps"]
+        heights = [float(use.get("y")) for use in picture.find(f"{SVG}g/{SVG}g[2]").iter(f"{SVG}use")][-3:]
+        assert (heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.01)) == logarithmic
 
 
-def test_bars_reach_as_far_as_their_intervals():
-    """The ends lie where points at the ends of the intervals would lie."""
-    mean = Point("mean", 0, 5.0, 0.5, "mean", (2.0, 0.1))
-    corners = [Point("low", 1, 3.0, 0.4, "run"), Point("high", 1, 7.0, 0.6, "run")]
-    dots, bars, order = drawn([mean, *corners])
-    (left, low), (right, high), (x, y) = (dots[name] for name in ("low", "high", "mean"))
-    assert bars == [
-        f"M{left:.1f} {y:.1f}H{right:.1f}M{left:.1f} {y:.1f}m0 -4v8M{right:.1f} {y:.1f}m0 -4v8",
-        f"M{x:.1f} {low:.1f}V{high:.1f}M{x:.1f} {low:.1f}m-4 0h8M{x:.1f} {high:.1f}m-4 0h8",
-    ]
-    assert order == ["path", "path", "circle", "circle", "circle"], "bars lie below the points"
-    assert drawn(corners)[1] == [] and drawn([mean._replace(half=(math.nan, 0.1))])[1] != []
+def test_long_curves_are_means_of_neighbours(tmp_path):
+    (line,) = curve_of(tmp_path, [(step, step % 2) for step in range(4000)])["curves"]
+    assert (line[0][0], line[-1][0]) == (pytest.approx(4.5, abs=0.1), pytest.approx(3994.5, abs=0.1))
+    assert {round(y, 6) for _, y in line} == {0.5}
+    (line,) = curve_of(tmp_path, [(step, step % 2) for step in range(400)])["curves"]
+    assert {round(y, 3) for _, y in line} == {0, 1}
 
 
-def test_a_bar_that_is_too_long_is_cut_and_leaves_the_points_their_room():
-    others = [Point("a", 1, 0.0, 0.0, "run"), Point("b", 1, 1.0, 1.0, "run")]
-    dots, bars, _ = drawn([Point("mean", 0, 0.5, 0.5, "mean", (1e9, 1.2)), *others])
-    assert bars[0] == f"M{LEFT:.1f} {dots['mean'][1]}H{WIDTH - 12:.1f}", "from edge to edge, without caps"
-    assert bars[1].count("m-4 0h8") == 2, "an end in the plot has its cap"
-    assert dots["b"][0] - dots["a"][0] > (WIDTH - LEFT) / 4
-    assert set(reach([1.0], [0.5])) == {0.5, 1.0, 1.5} and reach([1.0, 2.0], [math.nan] * 2) == [1.0, 2.0]
+def test_dotted_lines_where_tasks_end(tmp_path):
+    one, other = sequence(tmp_path / "one"), sequence(tmp_path / "other", seed=1)
+    title = "gere/ce over optimizer steps"
+
+    def ends():
+        found = drawn(pictures(make_report([one, other]).html)[title])
+        dotted = ["--faint" in style for style in found["styles"]]
+        return [line[0][0] for line, mark in zip(found["curves"], dotted, strict=True) if mark]
+
+    assert ends() == [pytest.approx(10, abs=0.01), pytest.approx(20, abs=0.01)]
+    (other / "logs.jsonl").write_text('{"task": 0, "step": 7, "gere/ce": 3.0}\n')
+    assert ends() == [], "the runs do not agree"
+
+
+def test_colours_start_again_with_dashes(tmp_path):
+    folders = [training(tmp_path / str(index)) for index in range(9)]
+    text = make_report(folders).html
+    styles = drawn(pictures(text)["general/loss over optimizer steps"])["styles"]
+    assert ["dasharray" in style for style in styles] == [False] * 8 + [True]
+    assert "--c0" in styles[8] and re.search(r'<li class="c0 dashed"><i></i>8</li>', text)
 
 
 def test_the_trade_off_has_the_intervals_of_the_table(tmp_path):
@@ -417,31 +471,58 @@ def test_the_trade_off_has_the_intervals_of_the_table(tmp_path):
         for entry in [{"general/loss": 4 + score, "general/sciq": score}]
     ]
     folders.append(sequence(tmp_path / "single", name="single"))
-    groups = group(read_runs(folders))
-    points = [
-        point
-        for held in groups
-        for point in _points(held, ability, {str(f): f.name for f in folders}, 0)
-        if point.kind == "mean"
+    found = drawn(pictures(make_report(folders).html)["AP over general accuracy"])
+    mean, half = statistics.fmean(last), 4.302653 * statistics.stdev(last) / math.sqrt(3)
+    near = {"abs": 1e-4}
+    assert found["bars"] == [
+        [pytest.approx((mean - half, mean), **near), pytest.approx((mean + half, mean), **near)],
+        [pytest.approx((mean, mean - half), **near), pytest.approx((mean, mean + half), **near)],
+    ], "a single run has no interval"
+    assert len(found["caps"]) == 4
+    assert [(round(x, 3), round(y, 3)) for _, x, y in found["dots"][-2:]] == [(0.54, 0.54), (0.6, 0.6)], "means on top"
+    dots = {(colour, round(x, 3), round(y, 3)) for colour, x, y in found["dots"]}
+    before = {("--c0", 0.75, 0.1), ("--c1", 0.75, 0.1)}
+    assert dots == before | {("--c0", score, score) for score in last} | {("--c0", 0.54, 0.54), ("--c1", 0.6, 0.6)}
+
+
+def test_a_bar_that_is_too_long_is_cut_and_leaves_the_points_their_room(tmp_path):
+    """Of two seeds, the interval is 12.7 times the deviation of the mean."""
+    folders = [
+        sequence(tmp_path / str(seed), seed=seed, accuracy=[[0.9, 0.2], [0.5, 0.7]], general=[GENERAL[1], {}, entry])
+        for seed, entry in enumerate([{"general/loss": 3.0}, {"general/loss": 4.0}])
     ]
-    width = 4.302653 * statistics.stdev(last) / math.sqrt(3)
-    assert points[0].half == pytest.approx((width, width), rel=1e-5) and (points[0].x, points[0].y) == pytest.approx(
-        (statistics.fmean(last), statistics.fmean(last))
-    )
-    assert all(map(math.isnan, points[1].half)), "a single run has no interval"
-    assert len(re.findall(r'class="c0 bar"', make_report(folders).html)) == 4
+    picture = pictures(make_report(folders).html)["AP over general loss"]
+    found, frame = drawn(picture), picture.find(f".//{SVG}clipPath/{SVG}rect")
+    left = float(frame.get("x"))
+    low, high = value_at(picture, "x", left), value_at(picture, "x", left + float(frame.get("width")))
+    (start, _), (end, _) = found["bars"][0]
+    assert start < low < 3.0 and 4.0 < high < end, "from edge to edge, without caps"
+    assert (high - low) < 3.5
 
 
-def test_long_curves_are_means_of_neighbours():
-    points = [(float(x), float(x % 2)) for x in range(4000)]
-    thin = thinned(points)
-    assert len(thin) == MOST_POINTS and thin[0] == (4.5, 0.5) and thin[-1] == (3994.5, 0.5)
-    assert thinned(points[:MOST_POINTS]) == points[:MOST_POINTS] and thinned([]) == []
+def test_markdown_shows_cells_as_they_are(tmp_path):
+    name = "a|b <b>\n`*\\[x]"
+    table = make_report([sequence(tmp_path / "run", name=name)]).markdown
+    assert table.splitlines()[-1].startswith("| a\\|b &lt;b&gt; \\`\\*\\\\\\[x\\] | 0 | 0.600 |")
+    assert table.splitlines()[1].startswith("| --- | --- |")
 
 
-def test_markdown_shows_cells_as_they_are():
-    text = markdown_table([["a|b", "<b>"], ["x\ny", "`*\\"]])
-    assert text == "| a\\|b | &lt;b&gt; |\n| --- | --- |\n| x y | \\`\\*\\\\ |\n"
+NUMBERS = st.floats() | st.integers() | st.none() | st.booleans()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.text(), st.dictionaries(st.text(), st.lists(NUMBERS, max_size=4), max_size=2))
+def test_any_log_gives_a_page(name, logged):
+    logs = [
+        {"step": 7 * step, f"gere/{key}": value} for key, line in logged.items() for step, value in enumerate(line)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        about = {"format": 1, "name": name, "seed": 0, "tasks": [name]}
+        runs = [write_json(Path(folder) / "a" / "sequence.json", about), training(Path(folder) / "b", logs=logs)]
+        text = make_report(runs).html
+    page = Page(text)
+    assert page.tags.count("h1") == 1 and "script" not in page.tags
+    assert not re.search(r"\b(nan|inf)\b", "".join(re.findall(r' (?:d|x|y)="(.*?)"', text, re.DOTALL)))
 
 
 def test_command(tmp_path, capsys):
@@ -458,12 +539,26 @@ def test_command(tmp_path, capsys):
     assert "The report cannot be written" in capsys.readouterr().err
 
 
+def test_matplotlib_is_needed_for_pictures_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    begun = write_json(tmp_path / "begun" / "sequence.json", {"format": 1, "name": "a", "seed": 0, "tasks": TASKS})
+    assert "<svg" not in make_report([begun]).html
+    folder = sequence(tmp_path / "run")
+    with pytest.raises(MissingPackageError, match=r'pip install "gere\[report\]"'):
+        make_report([folder])
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 1
+    assert "package matplotlib" in capsys.readouterr().err and not (tmp_path / "page.html").exists()
+
+
 def test_command_imports_nothing_heavy(tmp_path):
+    """And changes nothing of matplotlib for the rest of the process."""
     folder = sequence(tmp_path / "run")
     script = (
-        "import sys\nfrom gere.cli.main import main\n"
+        "import sys\nfrom gere.cli.main import main\nimport gere.report\n"
+        "early = {'matplotlib'} & set(sys.modules)\nimport matplotlib\nbefore = matplotlib.rcParams.copy()\n"
         f"main(['report', {str(folder)!r}, '--out', {str(tmp_path / 'a.html')!r}])\n"
-        "sys.stderr.write(' '.join({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib.pyplot'} & set(sys.modules)\n"
+        "sys.stderr.write(' '.join(early | heavy) + 'changed' * (matplotlib.rcParams != before))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stderr == "" and done.stdout.startswith("| name | seeds | AP |")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from gere.report.figures import group, table
-from gere.report.markdown import markdown_table
 from gere.report.page import page
 from gere.report.reading import read_runs
 
@@ -33,9 +34,23 @@ def make_report(folders: Sequence[Path]) -> Report:
     Raises:
         ConfigError: If a folder is named twice.
         RunFolderError: If a folder is no run, or a file of it is damaged.
+        MissingPackageError: If a run has something to draw and matplotlib is not installed.
     """
     runs = read_runs(folders)
-    return Report(_writable(page(runs)), _writable(markdown_table(table(group(runs)))))
+    return Report(_writable(page(runs)), _writable(_markdown(table(group(runs)))))
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown, of a head and rows; every cell is shown as it is."""
+    head, *body = ([_escaped(cell) for cell in row] for row in rows)
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _escaped(cell: str) -> str:
+    """A cell without marks of Markdown or HTML in it; underscores within a word are none."""
+    plain = html.escape(" ".join(cell.split()), quote=False)
+    return re.sub(r"([\\`*|\[\]])", r"\\\1", plain)
 
 
 def _writable(text: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gere import metrics
-from gere.report.run import Run
+from gere.report.runs import Run
 
 LOSS = "loss"
 MISSING = "-"
@@ -44,13 +44,13 @@ class Group(NamedTuple):
 
 
 def ability(values: Mapping[str, float]) -> float:
-    """General accuracy: the mean over the sets of questions; NaN without one, or if one is no accuracy."""
+    """Compute the general accuracy, the mean over the sets; NaN without one, or if one is no accuracy."""
     found = [value for name, value in values.items() if name != LOSS]
     return float(np.mean(found)) if found and all(0 <= value <= 1 for value in found) else math.nan
 
 
 def figures(run: Run) -> dict[str, float]:
-    """All figures of a run by name, NaN where it has none; general accuracies come last, by the name of their set."""
+    """Compute all figures of a run by name, NaN where it has none; general accuracies come last, by their set."""
     task = _after_the_last(run, run.scores)
     losses = [entry.get(LOSS, math.nan) for entry in (run.general_before, run.general_now)]
     scores = run.scores[:0] if run.joint else run.scores
@@ -79,7 +79,7 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def untouched(run: Run) -> dict[str, float]:
-    """The figures that a run's model had before training."""
+    """Compute the figures that a run's model had before training."""
     task = _mean(run.before)
     general = ability(run.general_before)
     found = {"AP": task, "F1 Avg": metrics.harmonic_mean(general, task)}
@@ -88,7 +88,7 @@ def untouched(run: Run) -> dict[str, float]:
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-    """Runs by their name, in the order in which names come first."""
+    """Group runs by their name, in the order in which names come first."""
     return [
         _group(name, [run for run in runs if run.name == name]) for name in dict.fromkeys(run.name for run in runs)
     ]
@@ -103,7 +103,7 @@ def _group(name: str, runs: Sequence[Run]) -> Group:
 
 
 def table(groups: Sequence[Group]) -> list[list[str]]:
-    """Head and rows of the means with their 95 % intervals, without figures that no name has."""
+    """Make head and rows of the means with their 95 % intervals, without figures that no name has."""
     keys = columns([group.means for group in groups])
     rows = [["name", "seeds", *keys]]
     rows += _rows_before([run for group in groups for run in group.runs], keys)
@@ -114,18 +114,20 @@ def table(groups: Sequence[Group]) -> list[list[str]]:
 
 
 def columns(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    """Names of figures that one of the rows has, the known ones first."""
+    """Name the figures that one of the rows has, the known ones first."""
     present = dict.fromkeys(key for row in rows for key in row)
     return [key for key in MEANINGS if key in present] + sorted(key for key in present if key not in MEANINGS)
 
 
 def shown(value: float, *, sign: bool = False) -> str:
-    """A figure for a person; a dash for NaN."""
-    return MISSING if not math.isfinite(value) else f"{value:+.3f}" if sign else f"{value:.3f}"
+    """Write a figure with three digits; a dash for one that is not finite."""
+    if not math.isfinite(value):
+        return MISSING
+    return f"{value:+.3f}" if sign else f"{value:.3f}"
 
 
 def signed(key: str) -> bool:
-    """Whether a figure is a difference."""
+    """Tell whether a figure is a difference."""
     return key in ("BWT", "FWT", "forgetting", "change")
 
 

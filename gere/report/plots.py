@@ -1,130 +1,211 @@
-"""Which plots a report has, and what is drawn in them."""
+"""Which pictures a report has, and what matplotlib draws in them: inline SVG in the colours of the page."""
 
 from __future__ import annotations
 
-import html
+import hashlib
+import importlib
+import io
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
-from gere.metrics import interval
-from gere.report.figures import LOSS, MISSING, Group, ability, figures, untouched
-from gere.report.run import GENERAL, Run
-from gere.report.svg import Line, Point, line_plot, point_plot
+from gere.errors import MissingPackageError
+from gere.metrics import Interval, interval
+from gere.report.figures import LOSS, Group, ability, figures, untouched
+from gere.report.runs import GENERAL, Run
 
+Place = tuple[float, float]
+Measure = Callable[[Mapping[str, float]], float]
+
+# Larger values overflow where an axis adds its margins.
 LARGEST = 1e300
-LEAST_INVALID = 0.005
-WIDE_FROM = 7
+MOST_POINTS, MARKED = 400, 25
+LOGARITHMIC_FROM = 1e3
 UNITS = {"general/loss": "nats a token", "gere/task_loss": "nats a token", "gere/ce": "nats a token"}
+# Each of these stands for a variable of style.css, which has the colours of light and of dark mode.
+COLOURS = tuple(f"#00000{index}" for index in range(1, 9))
+FAINT, RULE, BACK = "#000011", "#000012", "#000013"
+VARIABLES = {FAINT: "faint", RULE: "rule", BACK: "back"} | {name: f"c{index}" for index, name in enumerate(COLOURS)}
+SETTINGS = {
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), FAINT),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top"), False),
+    **{"axes.axisbelow": True, "axes.grid": True, "axes.grid.axis": "y", "grid.color": RULE},
+    **{"font.sans-serif": ["DejaVu Sans"], "font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "gere"},
+}
+SIZE = (6.1, 3.9)  # inches, of 72 units of the SVG each
 
 
-def curve(key: str, runs: Sequence[Run], labels: Sequence[str], colours: Mapping[str, int]) -> str:
-    """A figure with the curve of every run that logged `key`; empty if none did.
+class Picture(NamedTuple):
+    """A picture and the words beside it.
+
+    Attributes:
+        title: Stands above it, and is that of no other picture.
+        svg: Inline SVG without any text of a run; empty if there is nothing to draw.
+        note: Stands below it; empty for none.
+    """
+
+    title: str
+    svg: str
+    note: str = ""
+
+
+def curves(prefix: str, runs: Sequence[Run], labels: Sequence[str], colours: Mapping[str, int]) -> list[Picture]:
+    """Draw a picture for each key of the logs with the curves of all runs that have it, the general loss first.
 
     Args:
-        key: Key of the log.
+        prefix: What the keys start with.
         runs: All runs.
         labels: Label of each run.
         colours: Number of the colour of each name.
+
+    Raises:
+        MissingPackageError: If there is something to draw and matplotlib is not installed.
     """
+    keys = {key for run in runs for key in run.curves if key.startswith(prefix)}
+    ordered = sorted(keys, key=lambda key: (key != GENERAL + LOSS, key))
+    return [_curve(key, runs, labels, colours) for key in ordered]
+
+
+def _curve(key: str, runs: Sequence[Run], labels: Sequence[str], colours: Mapping[str, int]) -> Picture:
     lines, left = [], []
     for run, label in zip(runs, labels, strict=True):
         found = sorted(run.curves.get(key, {}).items())
         points = [(x, y) for x, y in found if abs(y) < LARGEST]
-        lines += [Line(label, colours[run.name], points)] if points else []
-        left += [f"{label} ({len(found) - len(points)})"] if len(found) > len(points) else []
-    note = f"Values that are not finite are left out: {', '.join(left)}." if left else ""
-    if not lines:
-        return _figure(key, "", note) if note else ""
-    unit = f"{key}, {UNITS[key]}" if key in UNITS else key
-    return _figure(key, line_plot(f"{key} over optimizer steps", "optimizer steps", unit, lines, _ends(runs)), note)
+        if points:
+            lines.append((colours[run.name], _thinned(points)))
+        if len(points) < len(found):
+            left.append(f"{label} ({len(found) - len(points)})")
+    title = f"{key} over optimizer steps"
+    svg, ends = "", {tuple(run.ends) for run in runs}
+    if lines:
+        # Dotted lines where tasks end say nothing if the runs differ in that.
+        marks = ends.pop() if len(ends) == 1 else ()
+        svg = _svg(title, partial(_draw_lines, lines=lines, marks=marks, unit=UNITS.get(key, "")))
+    return Picture(title, svg, f"Values that are not finite are left out: {', '.join(left)}." if left else "")
 
 
-def trade_offs(groups: Sequence[Group], labels: Mapping[str, str], colours: Mapping[str, int]) -> Iterator[str]:
-    """Figures of AP over general accuracy and over general loss, as far as runs at their end have them.
+def _thinned(points: Sequence[Place]) -> list[Place]:
+    """Means of as many neighbours as leave no more than `MOST_POINTS` points."""
+    size = math.ceil(len(points) / MOST_POINTS)
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+
+
+def _draw_lines(axes: Any, lines: Sequence[tuple[int, Sequence[Place]]], marks: Sequence[float], unit: str) -> None:
+    heights = [y for _, points in lines for _, y in points]
+    if min(heights) > 0 and max(heights) / min(heights) > LOGARITHMIC_FROM:
+        axes.set_yscale("log")
+        axes.minorticks_off()
+    for number, points in lines:
+        # Past the last colour they start again with dashes, as in the legend of the page.
+        dashes = "--" if number // len(COLOURS) % 2 else "-"
+        marker = "o" if len(points) <= MARKED else ""
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(*zip(*points, strict=True), color=colour, linestyle=dashes, marker=marker, markersize=4)
+    low, high = axes.get_xlim()
+    for mark in marks:
+        if low < mark < high:
+            axes.axvline(mark, color=FAINT, linestyle=":", linewidth=1)
+    axes.locator_params(axis="x", integer=True, nbins=6)
+    axes.xaxis.set_major_formatter("{x:,.6g}")
+    axes.set(xlabel="optimizer steps", ylabel=unit)
+
+
+def trade_offs(groups: Sequence[Group], colours: Mapping[str, int]) -> Iterator[Picture]:
+    """Draw AP over general accuracy and over general loss, as far as runs at their end have them.
 
     Args:
         groups: All groups.
-        labels: Label of each run by its folder.
         colours: Number of the colour of each name.
+
+    Raises:
+        MissingPackageError: If there is something to draw and matplotlib is not installed.
     """
     for about, x_name, measure in (
         ("general accuracy", "general accuracy (right is better)", ability),
         ("general loss", "general loss, nats a token (left is better)", _loss),
     ):
-        points = [point for held in groups for point in _points(held, measure, labels, colours[held.name])]
-        if points:
+        places = {colours[held.name]: _places(held, measure) for held in groups}
+        found = {number: both for number, both in places.items() if both[1]}
+        if found:
             title = f"AP over {about}"
-            yield _figure(title, point_plot(title, x_name, "AP (up is better)", points))
+            yield Picture(title, _svg(title, partial(_draw_trade_off, found=found, x_name=x_name)))
 
 
 def _loss(values: Mapping[str, float]) -> float:
     return values.get(LOSS, math.nan)
 
 
-def _points(
-    held: Group, measure: Callable[[Mapping[str, float]], float], labels: Mapping[str, str], colour: int
-) -> list[Point]:
-    """Runs of a group, their mean with its intervals, and what their models were before; none if a run lacks them."""
+def _places(held: Group, measure: Measure) -> tuple[list[Place], list[Place]]:
+    """Where the models of a name were before training, each once, and after it; nothing if a run lacks a value."""
     after = [(measure(run.general_now), figures(run)["AP"]) for run in held.runs]
-    if not after or not all(map(_drawable, after)):
-        return []
     before = dict.fromkeys((measure(run.general_before), untouched(run)["AP"]) for run in held.runs)
-    points = [Point(f"{held.name}, before training", colour, *at, "before") for at in before if _drawable(at)]
-    if len(after) > 1:
-        names = [labels[str(run.folder)] for run in held.runs]
-        points += [Point(name, colour, *at, "run") for name, at in zip(names, after, strict=True)]
-    x, y = (interval(values) for values in zip(*after, strict=True))
-    return [*points, Point(f"{held.name}, mean of {len(after)}", colour, x.mean, y.mean, "mean", (x.half, y.half))]
+    return list(filter(_drawable, before)), after if all(map(_drawable, after)) else []
 
 
-def _drawable(point: tuple[float, float]) -> bool:
-    return all(abs(value) < LARGEST for value in point)
+def _drawable(place: Place) -> bool:
+    return all(abs(value) < LARGEST for value in place)
 
 
-def heat_map(run: Run, label: str) -> str:
-    """The matrix of a run as a table: after each task (down) the accuracy on each task (across).
-
-    Args:
-        run: A sequence.
-        label: Its label.
-    """
-    rows = [_heat_row("before training", run.before.tolist(), run.before_invalid.tolist())]
-    steps = ("all tasks",) if run.joint else run.tasks
-    for task, scores, invalid in zip(steps, run.scores.tolist(), run.invalid.tolist(), strict=False):
-        rows.append(_heat_row(f"after {task}", scores, invalid))
-    for task in steps[len(run.scores) :]:
-        missing = f'<td colspan="{len(run.tasks)}" class="note">not there yet</td>'
-        rows.append(f'<tr><th scope="row">after {html.escape(task)}</th>{missing}</tr>')
-    head = "".join(f'<th scope="col">{html.escape(task)}</th>' for task in run.tasks)
-    caption = html.escape(f"{label}: {run.state}" if run.state else label)
-    width = " full" if len(run.tasks) >= WIDE_FROM else ""
-    return (
-        f'<div class="scroll{width}"><table class="heat wide"><caption>{caption}</caption>'
-        f'<thead><tr><th scope="col">accuracy on</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    )
+def _draw_trade_off(axes: Any, found: Mapping[int, tuple[list[Place], list[Place]]], x_name: str) -> None:
+    means = [[interval(values) for values in zip(*after, strict=True)] for _, after in found.values()]
+    for (number, (before, after)), (x, y) in zip(found.items(), means, strict=True):
+        colour = COLOURS[number % len(COLOURS)]
+        for at in before:
+            axes.plot(*at, "o", color=colour, markerfacecolor="none", markeredgewidth=1.5)
+        # A single run is its own mean, without an interval. Bars lie below all points, means above them.
+        if len(after) > 1:
+            for at in after:
+                axes.plot(*at, "o", color=colour, alpha=0.5)
+            axes.errorbar(x.mean, y.mean, y.half, x.half, fmt="none", color=colour, capsize=4, zorder=1.9)
+        axes.plot(x.mean, y.mean, "o", color=colour, markeredgecolor=BACK, markersize=11, zorder=3)
+    every = [place for before, after in found.values() for place in (*before, *after)]
+    axes.set_xlim(*_limits([across for across, _ in every], [x for x, _ in means]))
+    axes.set_ylim(*_limits([up for _, up in every], [y for _, y in means]))
+    axes.set(xlabel=x_name, ylabel="AP (up is better)")
 
 
-def _heat_row(name: str, scores: Sequence[float], invalid: Sequence[float]) -> str:
-    cells = []
-    for score, bad in zip(scores, invalid, strict=True):
-        colour = f' style="background:rgba(var(--heat),{0.6 * score:.2f})"' if math.isfinite(score) else ""
-        small = f"<small>{bad:.2f}</small>" if bad >= LEAST_INVALID else ""
-        cells.append(f"<td{colour}>{f'{score:.3f}' if math.isfinite(score) else MISSING}{small}</td>")
-    return f'<tr><th scope="row">{html.escape(name)}</th>{"".join(cells)}</tr>'
+def _limits(values: Sequence[float], means: Sequence[Interval]) -> Place:
+    """Both ends of an axis; a bar that would leave the points less than a third of it is cut at its edge."""
+    low, high = min(values), max(values)
+    room = high - low or math.inf
+    ends = [mean.mean + way * mean.half for mean in means for way in (-1, 1) if math.isfinite(mean.half)]
+    first = min([low, *(max(end, low - room) for end in ends)])
+    last = max([high, *(min(end, high + room) for end in ends)])
+    margin = 0.05 * (last - first) or 0.1 * abs(last) or 1.0
+    return first - margin, last + margin
 
 
-def keys_of(runs: Sequence[Run], prefix: str) -> list[str]:
-    """Keys with curves, in the order of the alphabet, the general loss first."""
-    keys = {key for run in runs for key in run.curves if key.startswith(prefix)}
-    return sorted(keys, key=lambda key: (key != GENERAL + LOSS, key))
+def _svg(title: str, draw: Callable[[Any], None]) -> str:
+    """Inline SVG of the axes that `draw` fills."""
+    matplotlib, style, figures = (_module(name) for name in ("matplotlib", "matplotlib.style", "matplotlib.figure"))
+    # The default style first: what a user has set for matplotlib would change the bytes of the page.
+    with style.context("default"), matplotlib.rc_context(SETTINGS):
+        figure = figures.Figure(figsize=SIZE, layout="constrained")
+        draw(figure.add_subplot())
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = stream.getvalue()
+    # Every SVG has the same ids, and all of them stand in one page: a clip path would be that of another picture.
+    own = hashlib.sha256(title.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>p{own}-", svg[svg.index("<svg") :].strip())
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg
 
 
-def _ends(runs: Sequence[Run]) -> Sequence[float]:
-    """Steps at which tasks end, if all sequences agree in them."""
-    found = {tuple(run.ends) for run in runs}
-    return found.pop() if len(found) == 1 else ()
-
-
-def _figure(caption: str, picture: str, note: str = "") -> str:
-    below = f'<p class="note">{html.escape(note)}</p>' if note else ""
-    return f"<figure><figcaption>{html.escape(caption)}</figcaption>{picture}{below}</figure>"
+def _module(name: str) -> Any:
+    """A module of matplotlib, which takes a while to import and is not needed for a page without pictures."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingPackageError(
+            "The report has a picture to draw, and the package for it cannot be imported.",
+            where="gere.report",
+            expected="package matplotlib, 3.8 or later",
+            found=error,
+            fix='pip install "gere[report]"',
+        ) from error

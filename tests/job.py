@@ -13,13 +13,12 @@ import conftest
 from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
+from watching import Watch
 
 from gere import GeneralAbilityCallback, GeReConfig, GeReTrainer
 from gere.ability import Question
 from gere.cache.base_model import BaseModel
 from gere.cache.distil import Part
-from gere.model import forward as passes
-from gere.replay.batch import REPLAY, ROWS, TASK
 
 DEFAULTS = {
     "strategy": "ddp",
@@ -36,7 +35,6 @@ DEFAULTS = {
     "stream": False,  # the task rows as an IterableDataset
     "slow": 0.0,  # seconds that each forward pass of the anchor takes more
     "stop_at": 0,
-    "most_padding": passes.MOST_PADDING,  # below 0: replay rows never go along in the call for task rows
     "ability": False,  # measure general ability, too; or arguments of the callback
     "args": {},
     "config": {},
@@ -49,19 +47,14 @@ ZERO = {
 }
 
 
-class Rows(TrainerCallback):
-    """Notes which rows each optimizer step of this rank holds, and ends the training early if asked to."""
+class StopAt(TrainerCallback):
+    """Ends the training early."""
 
-    stop_at = 0
-
-    def __init__(self) -> None:
-        self.steps: list[list] = []
-        self.now: list = []
+    def __init__(self, step: int) -> None:
+        self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append(self.now)
-        self.now = []
-        if state.global_step == self.stop_at:
+        if state.global_step == self.step:
             control.should_training_stop = True
 
 
@@ -78,25 +71,8 @@ class ShardedTrainer(GeReTrainer):
         self.accelerator.prepare_model = lambda model, *arguments, **keywords: model
 
 
-def real_rows(part: dict | None, count: int) -> list[list[int]]:
-    """Rows without padding; a spare row does not count."""
-    if not count:
-        return []
-    pairs = zip(part["input_ids"], part["attention_mask"], strict=True)
-    return [ids[mask.bool()].tolist() for ids, mask in pairs]
-
-
-def watch_rows(trainer: GeReTrainer, rows: Rows) -> None:
-    original = trainer.get_batch_samples
-
-    def get_batch_samples(*args, **kwargs):
-        samples, items = original(*args, **kwargs)
-        for sample in samples:
-            counts = sample[ROWS]
-            rows.now.append([real_rows(sample.get(TASK), counts[0]), real_rows(sample.get(REPLAY), counts[1])])
-        return samples, items
-
-    trainer.get_batch_samples = get_batch_samples
+def texts_of(job: dict) -> list[str]:
+    return [row["text"] for row in conftest.read_jsonl(conftest.DATA / "general.jsonl", job["texts"])]
 
 
 def make(root: Path, job: dict, rank: int, ranks: int) -> GeReTrainer:
@@ -131,7 +107,7 @@ def make(root: Path, job: dict, rank: int, ranks: int) -> GeReTrainer:
         pads = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
         encoded = [{k: v + [pads[k]] * (longest - len(v)) for k, v in row.items()} for row in encoded]
         encoded = Dataset.from_list(encoded * 20).to_iterable_dataset()
-    texts = [row["text"] for row in conftest.read_jsonl(conftest.DATA / "general.jsonl", job["texts"])]
+    texts = texts_of(job)
     saving = root / ("saving" if job["folders"] == "shared" else f"saving-{rank}")
     return (ShardedTrainer if job["strategy"] == "fsdp2" and ranks > 1 else GeReTrainer)(
         conftest.load_tiny(),
@@ -210,23 +186,20 @@ def end() -> None:
 def main() -> None:
     root, job = Path(sys.argv[1]), {**DEFAULTS, **json.loads(sys.argv[2])}
     faulthandler.dump_traceback_later(job.get("limit", 120), exit=True)
-    passes.MOST_PADDING = job["most_padding"]
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     trainer = make(root, job, rank, ranks)
-    rows = Rows()
-    trainer.add_callback(rows)
+    watch = Watch(trainer, texts_of(job), 40)
+    trainer.add_callback(StopAt(job["stop_at"]))
     if job["ability"]:
         chosen = job["ability"]
         trainer.add_callback(GeneralAbilityCallback(**chosen) if isinstance(chosen, dict) else ability())
-    watch_rows(trainer, rows)
     calls = watch_calls(trainer)
-    rows.stop_at = job["stop_at"]
     distilled = watch_the_build(job, rank)
     trainer.train(resume_from_checkpoint=job["resume"])
-    anchor = trainer._gere.anchor
+    anchor = trainer.replay.anchor
     result = {
         "logs": [log for log in trainer.state.log_history if "loss" in log],
-        "rows": rows.steps,
+        "rows": [[watch.task(step), watch.replay(step)] for step in range(len(watch.steps))],
         "calls": calls,
         "anchor": anchor and anchor.key,
         "files": anchor and {path.name: path.stat().st_mtime_ns for path in sorted(anchor.folder.iterdir())},

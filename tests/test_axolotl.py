@@ -20,6 +20,7 @@ import pytest
 from conftest import DATA, ROOT, TINY, load_tiny, read_jsonl
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer
+from watching import Watch
 
 from gere.errors import ConfigError, UnsupportedSettingError
 from gere.trainer import GeReMixin
@@ -111,13 +112,19 @@ def test_refused_before_anything_is_loaded(manager, cfg, error, parts):
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
-@pytest.mark.parametrize(("section", "mode"), [({}, "add"), ({"replay_mode": "replace"}, "replace")])
-def test_rows_are_added_unless_the_section_says_otherwise(manager, section, mode, tmp_path, tokenizer, monkeypatch):
+@pytest.mark.parametrize(("section", "tasks"), [({}, 8), ({"replay_mode": "replace"}, 5)])
+def test_rows_are_added_unless_the_section_says_otherwise(
+    manager, section, tasks, tmp_path, tokenizer, general, task, arguments, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    section = {"num_interpolate_per_batch": 3, "w_strategy": "dy", **section}
+    section = {"num_interpolate_per_batch": 3, "replay_dataset": general, "max_length": 48, **section}
     cls = chosen(manager, config(section, trainer_cls="transformers.Trainer"))
-    run = cls(model=load_tiny(), processing_class=tokenizer)._gere
-    assert (run.replay_per_batch, run.w_strategy, run.config.replay_mode) == (3, "dy", mode)
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    given = {"model": load_tiny(), "args": arguments(max_steps=1), "train_dataset": task, "data_collator": collator}
+    trainer = cls(processing_class=tokenizer, **given)
+    watch = Watch(trainer, general)
+    trainer.train()
+    assert trainer.replay.rows_per_step == 3 and watch.counts == [(tasks, 3)]
 
 
 @pytest.mark.skipif(REAL, reason="the command line of Axolotl itself is run below")
@@ -134,7 +141,7 @@ def test_trains_with_the_stand_in(manager, tmp_path, tokenizer, general, task, a
     trainer = stand_in.build_trainer(manager, cfg, processing_class=tokenizer, **given)
     trainer.train()
     check_logs(trainer.state.log_history, steps=12, epochs=2)
-    assert json.loads((tmp_path / "out" / "gere_anchor.json").read_text())["anchor"] == trainer._gere.anchor.key
+    assert json.loads((tmp_path / "out" / "gere_anchor.json").read_text())["anchor"] == trainer.replay.anchor.key
 
 
 def check_logs(history, steps, epochs):

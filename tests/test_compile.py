@@ -84,5 +84,5 @@ def test_a_model_that_was_compiled_in_place(make_trainer):
     trainer.train()
     plain.train()
     assert counters["stats"]["unique_graphs"] >= 1
-    assert trainer._gere.anchor.key == plain._gere.anchor.key
+    assert trainer.replay.anchor.key == plain.replay.anchor.key
     torch.testing.assert_close(curve(trainer), curve(plain), rtol=1e-4, atol=1e-5)

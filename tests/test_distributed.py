@@ -7,6 +7,7 @@ import math
 import shutil
 import signal
 import time
+from collections import Counter
 
 import pytest
 import transformers
@@ -42,9 +43,19 @@ def assert_same_curve(ours, theirs, steps=20, rel=1e-4):
 
 
 def rows_by_step(done, kind):
-    """The task rows (kind 0) or replay rows (kind 1) of each optimizer step over all ranks, in any order."""
+    """The task rows (kind 0) or replay rows (kind 1) of each optimizer step over all ranks, with their numbers."""
     steps = zip(*(result["rows"] for result in done.results), strict=True)
-    return [sorted(tuple(row) for rank in step for micro in rank for row in micro[kind]) for step in steps]
+    return [Counter(tuple(row) for rank in step for row in rank[kind]) for step in steps]
+
+
+def assert_same_rows(ours, theirs, first=0):
+    """Every step has the rows of the one process, and beyond them dummy rows alone: one row again and again."""
+    for kind in (0, 1):
+        found, wanted = rows_by_step(ours, kind), rows_by_step(theirs, kind)[first:]
+        assert len(found) == len(wanted)
+        assert not any(two - one for one, two in zip(found, wanted, strict=True))
+        extra = [one - two for one, two in zip(found, wanted, strict=True)]
+        assert len(set().union(*extra)) <= 1 and all(rows.total() <= 1 for rows in extra)
 
 
 # 16 rows in a step and 4 in a micro-step, 2 of them on each of the two ranks: whole micro-steps of replay rows, one
@@ -53,17 +64,17 @@ def rows_by_step(done, kind):
 def test_two_processes_follow_the_curve_of_one(tmp_path, alone, replay):
     ours, theirs = run(tmp_path, 2, replay=replay), alone(replay=replay)
     assert_same_curve(ours, theirs)
-    assert [rows_by_step(ours, kind) for kind in (0, 1)] == [rows_by_step(theirs, kind) for kind in (0, 1)]
+    assert_same_rows(ours, theirs)
     if replay:
-        assert all(len(step) == replay for step in rows_by_step(ours, 1))
-        assert all(len(step) == 16 - replay for step in rows_by_step(ours, 0))
-    # One call of the wrapper in each of 4 micro-steps, and no spare replay row on a rank that has none.
+        assert all(rows.total() == replay for rows in rows_by_step(theirs, 1))
+        assert all(rows.total() == 16 - replay for rows in rows_by_step(theirs, 0))
+    # One call of the wrapper in each of 4 micro-steps, and no dummy replay row on a rank that has none.
     calls = [result["calls"] for result in ours.results]
     assert [call["wrapper"] for call in calls] == [20 * 4] * 2
     if replay == 4:
         assert [call["decoder"] for call in calls] == [20 * 4] * 2
     if replay == 1:
-        assert calls[1]["decoder"] == 20 * 4 <= calls[0]["decoder"] <= 20 * 5
+        assert [call["decoder"] for call in calls] == [20 * 5, 20 * 4]
 
 
 @pytest.mark.parametrize("strategy", ["tm", "kl", "l2"])
@@ -82,7 +93,7 @@ def test_the_weight_auto_and_every_strategy_on_two_processes(tmp_path, alone, st
 def test_ranks_of_one_row_each(tmp_path, alone):
     """In the mixed micro-step each rank has either a task row or a replay row, which the model inside is called on."""
     job = {"replay": 1, "global_micro": 2, "accumulation": 8}
-    ours = run(tmp_path, 2, **job, most_padding=-1.0)
+    ours = run(tmp_path, 2, **job)
     assert_same_curve(ours, alone(**job))
     assert [result["calls"] for result in ours.results] == [
         {"wrapper": 20 * 8, "decoder": 20 * 9},
@@ -111,8 +122,8 @@ def test_added_rows_on_two_processes(tmp_path, alone):
     job = {"replay": 3, "stream": True}
     ours, theirs = run(tmp_path, 2, **job), alone(**job)
     assert_same_curve(ours, theirs)
-    assert all(len(step) == 3 for step in rows_by_step(ours, 1))
-    assert all(len(step) == 16 for step in rows_by_step(ours, 0))
+    assert all(rows.total() == 3 for rows in rows_by_step(ours, 1))
+    assert all(rows.total() == 16 for rows in rows_by_step(ours, 0))
 
 
 def test_fsdp2_follows_the_curve_of_one(tmp_path, alone):
@@ -221,7 +232,6 @@ def test_resume_with_as_many_and_with_fewer_processes(tmp_path, alone):
         done = run(tmp_path, ranks, **job, **shape, resume=checkpoint)
         assert done.results[0]["anchor"] == first.results[0]["anchor"] == whole.results[0]["anchor"]
         assert [result["distilled"] for result in done.results] == [0] * ranks
-        for kind in (0, 1):
-            assert rows_by_step(done, kind) == rows_by_step(whole, kind)[5:]
+        assert_same_rows(done, whole, first=5)
         for ours, theirs in zip(done.logs[-3:], whole.logs[-3:], strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)

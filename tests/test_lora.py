@@ -30,7 +30,7 @@ def test_lora_and_full_training_share_one_anchor(make_trainer):
     full, lora = make_trainer(), make_trainer(model=with_lora(modules_to_save=["lm_head"]))
     full.train()
     lora.train()
-    assert full._gere.anchor.key == lora._gere.anchor.key
+    assert full.replay.anchor.key == lora.replay.anchor.key
 
 
 def test_a_trained_adapter_still_means_the_base(make_trainer, arguments):
@@ -41,10 +41,10 @@ def test_a_trained_adapter_still_means_the_base(make_trainer, arguments):
                 parameter.normal_(std=0.5)
     trainer = make_trainer(model=model)
     trainer.train()
-    assert trainer._gere.anchor.key and train_logs(trainer)[0]["gere/tm"] > 0
+    assert trainer.replay.anchor.key and train_logs(trainer)[0]["gere/tm"] > 0
     again = make_trainer()
     again.train()
-    assert again._gere.anchor.key == trainer._gere.anchor.key
+    assert again.replay.anchor.key == trainer.replay.anchor.key
     assert train_logs(again)[0]["gere/tm"] == 0.0
 
 
@@ -77,7 +77,7 @@ def test_adapters_of_the_model_itself_are_disabled_for_the_anchor(make_trainer):
     assert trainable == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     untouched = make_trainer()
     untouched.train()
-    assert untouched._gere.anchor.key == trainer._gere.anchor.key
+    assert untouched.replay.anchor.key == trainer.replay.anchor.key
     assert train_logs(untouched)[0]["gere/tm"] == 0.0
 
 
@@ -90,7 +90,7 @@ def test_lora_on_a_tuned_model_finds_the_first_anchor(make_trainer, tmp_path):
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "task-1", dtype=torch.float32)
     later = make_trainer(model=get_peft_model(tuned, LoraConfig(r=4, target_modules=["q_proj"])))
     later.train()
-    assert later._gere.anchor.key == first._gere.anchor.key and train_logs(later)[0]["gere/tm"] > 0
+    assert later.replay.anchor.key == first.replay.anchor.key and train_logs(later)[0]["gere/tm"] > 0
 
 
 def test_prompt_tuning_is_refused(make_trainer):

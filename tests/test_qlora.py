@@ -61,7 +61,7 @@ def test_a_trained_adapter_still_means_the_quantized_base(make_trainer):
     trained.train()
     fresh.train()
     assert train_logs(trained)[0]["gere/tm"] > 0 and train_logs(fresh)[0]["gere/tm"] == 0.0
-    assert trained._gere.anchor.key == fresh._gere.anchor.key
+    assert trained.replay.anchor.key == fresh.replay.anchor.key
 
 
 def test_digests_see_through_the_adapter_and_a_saved_copy(tmp_path):
@@ -88,7 +88,7 @@ def test_the_next_run_opens_the_anchor(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr("gere.anchoring.build_anchor", None)
     second = make_trainer(model=with_qlora())
     second.train()
-    assert second._gere.anchor.key == first._gere.anchor.key
+    assert second.replay.anchor.key == first.replay.anchor.key
     assert train_logs(second)[0]["gere/tm"] == 0.0
 
 
@@ -116,7 +116,7 @@ def test_resume_is_bit_for_bit(make_trainer, arguments, tmp_path):
     names = ("step", "loss", "grad_norm", *sorted(KEYS))
     expected = [[log[name] for name in names] for log in train_logs(whole)]
     assert [[log[name] for name in names] for log in train_logs(resumed)] == expected
-    assert resumed._gere.anchor.key == whole._gere.anchor.key
+    assert resumed.replay.anchor.key == whole.replay.anchor.key
 
 
 def test_8_bits_train_too_but_round_differently_on_a_cpu(make_trainer):

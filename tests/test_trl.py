@@ -16,9 +16,9 @@ from conftest import DATA, ROOT, TINY, read_jsonl
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from watching import Watch
 
-from gere import GeReConfig, gere_trainer
-from gere.replay.batch import ROWS, TASK
+from gere import GeReConfig, GeReMixin, gere_trainer
 
 trl = pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
@@ -79,7 +79,7 @@ def records(first: int, last: int) -> Dataset:
 def make(cls, root, kind: Kind, out: str, *, model=None, strategy="tm", **changes):
     """Make a trainer; `cls` may be one with replay or without. All share the base model and the anchor in `root`."""
     replay = {}
-    if hasattr(cls, "_gere_prepare"):
+    if issubclass(cls, GeReMixin):
         texts = [row["text"] for row in read_jsonl(DATA / "general.jsonl", 24)]
         replay = {
             "gere_hidden_state_saving_dir": root / "gere_saving",
@@ -121,14 +121,14 @@ def train_logs(trainer):
     return [log for log in trainer.state.log_history if "loss" in log]
 
 
-def record(trainer) -> list[list[tuple]]:
-    """Keep the counts and the task part of every micro-batch, by optimizer step."""
+def record(trainer) -> list[list[Any]]:
+    """Keep the batches that the parent trains on, by optimizer step; one without rows is there for replay alone."""
     steps, collect = [], trainer.get_batch_samples
 
     def watch(*args, **kwargs):
         samples, items = collect(*args, **kwargs)
         if samples:
-            steps.append([(sample[ROWS][:2], sample.get(TASK)) for sample in samples])
+            steps.append([sample for sample in samples if sample["input_ids"].numel()])
         return samples, items
 
     trainer.get_batch_samples = watch
@@ -141,7 +141,8 @@ class Done:
 
     trainer: Any
     before: dict[str, float]
-    steps: list[list[tuple]]
+    steps: list[list[Any]]
+    watch: Watch | None = None
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +164,9 @@ def done(root):
         each = {"save_strategy": "steps", "save_steps": 10, "eval_strategy": "steps", "eval_steps": 10}
         trainer = make(gere_trainer(kind.base), root, kind, name, **each)
         before, steps = trainer.evaluate(), record(trainer)
+        watch = Watch(trainer, [row["text"] for row in read_jsonl(DATA / "general.jsonl", 24)])
         trainer.train()
-        return Done(trainer, before, steps)
+        return Done(trainer, before, steps, watch)
 
     return run
 
@@ -176,7 +178,7 @@ def plain(done, root):
     @cache
     def run(name: str) -> Done:
         kind = KINDS[name]
-        batches = [task for _, task in done(name).steps[0] if task is not None]
+        batches = done(name).steps[0]
         fed = type("Fed", (Fed, kind.base), {"batches": batches})
         trainer = make(fed, root, kind, f"{name}-plain", max_steps=1, gradient_accumulation_steps=len(batches))
         before = trainer.evaluate()
@@ -205,27 +207,27 @@ def test_log_and_margin(done, name):
 @every_kind
 def test_exactly_k_replay_rows_in_every_step(done, name):
     run = done(name)
-    counts = [[sum(column) for column in zip(*(rows for rows, _ in step), strict=True)] for step in run.steps]
-    task = BATCH * ACCUMULATION - (0 if KINDS[name].stream else REPLAY)
-    assert counts == [[task, REPLAY]] * STEPS
-    assert run.trainer._gere.adding == KINDS[name].stream
+    assert [len(run.watch.replay(step)) for step in range(STEPS)] == [REPLAY] * STEPS
+    if name in ("full", "lora", "stream"):
+        task = BATCH * ACCUMULATION - (0 if KINDS[name].stream else REPLAY)
+        assert [len(run.watch.task(step)) for step in range(STEPS)] == [task] * STEPS
 
 
 @every_kind
 def test_loss_and_metrics_count_task_rows_alone(done, plain, name):
-    """The plain trainer gets the task rows of the first step, in the same micro-batches; a joint call may round."""
+    """The plain trainer gets the task rows of the first step, in the same micro-batches."""
     ours, theirs = (train_logs(run(name).trainer)[0] for run in (done, plain))
     assert {key: ours[key] for key in METRICS} == pytest.approx({key: theirs[key] for key in METRICS}, rel=1e-6)
     assert ours["mean_token_accuracy"] > 0
     assert ours["gere/task_loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-    task, replay = (sum(rows[place] for rows, _ in done(name).steps[0]) for place in (0, 1))
-    whole = (task * ours["gere/task_loss"] + replay * ours["gere/ce"]) / (task + replay)  # the margin is 0
+    task = BATCH * ACCUMULATION - (0 if KINDS[name].stream else REPLAY)
+    whole = (task * ours["gere/task_loss"] + REPLAY * ours["gere/ce"]) / (task + REPLAY)  # the margin is 0
     assert ours["loss"] == pytest.approx(whole, rel=1e-4)
 
 
 @every_kind
 def test_tokens_of_all_steps_are_those_of_task_rows(done, name):
-    tasks = [task for step in done(name).steps for _, task in step if task is not None]
+    tasks = [task for step in done(name).steps for task in step]
     tokens = sum(int(task.get("attention_mask", torch.ones_like(task["input_ids"])).sum()) for task in tasks)
     assert train_logs(done(name).trainer)[-1]["num_tokens"] == tokens
 
@@ -238,7 +240,7 @@ def test_evaluation_is_that_of_the_plain_trainer(done, plain, name):
 
 
 def test_one_anchor_for_all_kinds(done):
-    assert len({done(name).trainer._gere.anchor.key for name in KINDS}) == 1
+    assert len({done(name).trainer.replay.anchor.key for name in KINDS}) == 1
 
 
 @some_kinds
@@ -262,7 +264,7 @@ def test_next_task_from_a_checkpoint(done, root, name):
     later = make(gere_trainer(trl.SFTTrainer), root, Kind(), f"{name}-later", model=model, max_steps=1)
     assert same_weights(later, first)
     later.train()
-    assert later._gere.anchor.key == first._gere.anchor.key and train_logs(later)[0]["gere/tm"] > 0
+    assert later.replay.anchor.key == first.replay.anchor.key and train_logs(later)[0]["gere/tm"] > 0
 
 
 @some_kinds

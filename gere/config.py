@@ -85,9 +85,9 @@ class GeReConfig:
 
     replay_dataset: Any = _setting(
         None,
-        "General texts: a .jsonl, .json, .parquet or .txt file, a folder or hub name for datasets.load_dataset, a "
-        'datasets.Dataset, a list of strings or records, or "self" for texts that the base model samples before '
-        "training. The default is the first 1,000 texts of DKYoon/SlimPajama-6B.",
+        "General texts: a file (.jsonl, .json, .parquet, or .txt with one text a line), a folder or hub name for "
+        'datasets.load_dataset, a datasets.Dataset, a list of strings or records, or "self" for texts that the base '
+        "model samples before training. The default is the first 1,000 texts of DKYoon/SlimPajama-6B.",
         example="general.jsonl",
     )
     replay_split: str = _setting("train", "Split of a hub data set.")

@@ -187,7 +187,7 @@ def test_arguments_that_are_none_of_ours_are_left_to_the_parent():
     """Those of the parent, misspellings of them, and what other trainers had in other versions."""
     others = ["train_datset", "train_datasets", "tokeniser", "max_seq_length", "dataset_text_field", "packing", "beta"]
     refuse_unknown_arguments(dict.fromkeys([*TRAINER, *TRAINER_FIELDS, "gere_config", *others]), TRAINER)
-    refuse_unknown_arguments({"max_length": 512}, [*TRAINER, "max_length"])
+    refuse_unknown_arguments({"max_length": 512, "replay_datsets": []}, [*TRAINER, "max_length", "replay_datasets"])
 
 
 def test_no_argument_of_a_trainer_of_trl_is_taken_for_ours():

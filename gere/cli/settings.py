@@ -19,25 +19,14 @@ PAGE = """# Settings
 
 <!-- Made from gere/config.py by gere.cli.settings.settings_page. Change the help there. -->
 
-Set them in Python, on the command line of a script with `HfArgumentParser`, on that of `gere cache build`, or in the
-section `gere` of a config file (LLaMA-Factory, Axolotl, `gere sequence`, `gere cache build --config`):
+| where | how |
+|---|---|
+| Python | `GeReTrainer(..., num_interpolate_per_batch=4, gere_config=GeReConfig(max_length=256))` |
+| a script with `HfArgumentParser` and `GeReArguments` | `--gere_num_interpolate_per_batch 4 --gere_max_length 256` |
+| section `gere` of a config file (LLaMA-Factory, Axolotl, `gere sequence`) | `max_length: 256` |
+| `gere cache build` | `--config FILE` with such a section, `--set max_length=256` |
 
-```python
-GeReTrainer(..., num_interpolate_per_batch=4, gere_config=GeReConfig(replay_dataset="general.jsonl"))
-```
-
-```bash
-python train.py --gere_num_interpolate_per_batch 4 --gere_replay_dataset general.jsonl
-gere cache build gere_saving --model MODEL --set replay_dataset=general.jsonl
-```
-
-```yaml
-gere:
-  num_interpolate_per_batch: 4
-  replay_dataset: general.jsonl
-```
-
-`GeReArguments` puts `gere_` before each name, and calls `reuse_gere_hidden_state` `gere_reuse_hidden_state`.
+`reuse_gere_hidden_state` is `--gere_reuse_hidden_state` for `HfArgumentParser`.
 
 ## Arguments of `GeReTrainer`
 

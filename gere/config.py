@@ -359,7 +359,7 @@ def refuse_unknown_arguments(kwargs: Mapping[str, Any], known_of_parent: Collect
 
     Args:
         kwargs: Keyword arguments of the trainer.
-        known_of_parent: Names that the parent trainer takes.
+        known_of_parent: Names that the parent trainer takes, or hands on to its own parents by `**kwargs`.
 
     Raises:
         ConfigError: Naming the argument that was meant, and where it belongs.

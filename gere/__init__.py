@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BatchInsertionSampler": "gere.sampler",
-    "GeReArguments": "gere.arguments",
+    "GeReArguments": "gere.config",
     "GeReConfig": "gere.config",
     "GeReError": "gere.errors",
     "GeReMixin": "gere.trainer",
@@ -25,7 +25,7 @@ __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
     from gere.ability import GeneralAbilityCallback as GeneralAbilityCallback
-    from gere.arguments import GeReArguments as GeReArguments
+    from gere.config import GeReArguments as GeReArguments
     from gere.config import GeReConfig as GeReConfig
     from gere.errors import GeReError as GeReError
     from gere.evaluation.general import general_loss as general_loss

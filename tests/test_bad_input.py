@@ -33,6 +33,7 @@ from gere.errors import (
 from gere.model.states import is_reentrant
 from gere.replay.rows import load_replay_set
 from gere.replay.texts import load_texts
+from gere.sampler import BatchInsertionSampler
 
 TEXTS = ["One text of several words.", "Another text, a little longer than the first."]
 
@@ -42,12 +43,20 @@ def refused(trainer, error, match):
     with pytest.raises(error, match=match) as caught:
         trainer.train()
     assert trainer.state.global_step == 0 and "next:" in str(caught.value)
+    return caught.value
+
+
+def unusable(config, tokenizer, error, match):
+    """Reading the replay set must end in the named error, with a way on."""
+    with pytest.raises(error, match=match) as caught:
+        load_replay_set(GeReConfig(**config), tokenizer, Path("unused"))
+    assert "next:" in str(caught.value) and not Path("unused").exists()
 
 
 @pytest.mark.parametrize("value", ["abc", "", None, True, -1, "-3", float("nan"), "inf", "DY", [1]])
-def test_weight_that_is_neither_number_nor_dy(make_trainer, value):
+def test_weight_that_is_neither_number_nor_dy(value):
     with pytest.raises(ConfigError, match=r"w_strategy[\s\S]*next:"):
-        make_trainer(w=value)
+        parse_weight(value)
 
 
 def test_weights_that_can_be_read():
@@ -56,14 +65,17 @@ def test_weights_that_can_be_read():
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "4", True])
-def test_replay_rows_that_are_no_number(make_trainer, value):
-    with pytest.raises(ConfigError, match="num_interpolate_per_batch"):
-        make_trainer(replay=value)
+def test_replay_rows_that_are_no_number(value):
+    with pytest.raises(ConfigError, match=r"num_interpolate_per_batch[\s\S]*next:"):
+        parse_replay_per_batch(value)
 
 
-@pytest.mark.parametrize("value", [8, 9, 100])
-def test_as_many_replay_rows_as_the_batch(make_trainer, value):
-    refused(make_trainer(replay=value), ConfigError, "from 0 to 7, since an optimizer step has 8 rows")
+def test_as_many_replay_rows_as_the_batch(make_trainer):
+    expected = "from 0 to 7, since an optimizer step has 8 rows"
+    refused(make_trainer(replay=8), ConfigError, expected)
+    for rows in (8, 9, 100):
+        with pytest.raises(ConfigError, match=expected):
+            BatchInsertionSampler(48, 24, batch_size=8, replay_per_batch=rows)
 
 
 @pytest.mark.parametrize(
@@ -71,9 +83,11 @@ def test_as_many_replay_rows_as_the_batch(make_trainer, value):
     [
         ("replay_strategy", "kl2"), ("normalization", "rows"), ("max_length", 1), ("max_length", "563"),
         ("self_prompt", "user"), ("self_temperature", 0), ("self_top_p", 1.5), ("self_top_p", 0), ("self_seed", -1),
-        ("self_batch_size", 0),
+        ("self_batch_size", 0), ("self_batch_size", None), ("max_length", True), ("max_length", 48.0),
         ("band_width", 0), ("band_width", "1"), ("std_floor", -1.0), ("replay_size", 0), ("add_bos", "yes"),
         ("anchor", ""), ("replay_column", 5), ("replay_split", ""), ("anchor_batch_tokens", 0),
+        ("replay_mode", "insert"), ("bands", None), ("kl_top_k", 1025), ("kl_temperature", float("inf")),
+        ("lower_quantile", 0.9), ("layers", "every"), ("layers", []), ("layers", [0]), ("layers", "1.5"),
     ],
 )  # fmt: skip
 def test_config_names_the_field(field, value):
@@ -96,8 +110,13 @@ def test_config_names_the_field(field, value):
         (Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(), {}, "not streamed"),
     ],
 )
-def test_replay_sets_that_cannot_be_used(make_trainer, source, changes, match):
-    refused(make_trainer(config={"replay_dataset": source, **changes}), ReplaySetError, match)
+def test_replay_sets_that_cannot_be_used(tokenizer, source, changes, match):
+    unusable({"replay_dataset": source, **changes}, tokenizer, ReplaySetError, match)
+
+
+def test_training_reads_the_replay_set_before_any_step(make_trainer):
+    refused(make_trainer(config={"replay_dataset": []}), ReplaySetError, "empty")
+    refused(make_trainer(config={"replay_dataset": "missing.jsonl"}), ReplaySetError, "FileNotFoundError")
 
 
 @pytest.mark.parametrize(
@@ -115,11 +134,11 @@ def test_replay_sets_that_cannot_be_used(make_trainer, source, changes, match):
         ("table.csv", "text\na b c\n", r"a file of kind '.csv'"),
     ],
 )
-def test_replay_files_that_cannot_be_used(make_trainer, tmp_path, name, content, match):
+def test_replay_files_that_cannot_be_used(tokenizer, tmp_path, name, content, match):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    refused(make_trainer(config={"replay_dataset": path}), ReplaySetError, match)
+    unusable({"replay_dataset": path}, tokenizer, ReplaySetError, match)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +148,11 @@ def test_replay_files_that_cannot_be_used(make_trainer, tmp_path, name, content,
         ("gere_config", GeReConfig),
         ("reuse_gere_hidden_state", "False"),
         ("gere_hidden_state_saving_dir", None),
+        ("num_interpolate_per_batch", -1),
+        ("w_strategy", "abc"),
     ],
 )
-def test_arguments_of_another_type(make_trainer, name, value):
+def test_arguments_that_the_trainer_refuses(make_trainer, name, value):
     with pytest.raises(ConfigError, match=f"{name}[\\s\\S]*next:"):
         make_trainer(**{name: value})
 
@@ -143,7 +164,7 @@ def test_gere_trainer_of_something_else(base):
     assert gere_trainer(GeReTrainer) is GeReTrainer
 
 
-def test_own_data_loader_without_replay_is_refused(make_trainer):
+def test_own_data_loader_gets_added_rows_or_is_refused(make_trainer):
     class Own(Trainer):
         def get_train_dataloader(self):
             return torch.utils.data.DataLoader(self.rows, batch_size=4, collate_fn=self.own_collator)
@@ -154,10 +175,18 @@ def test_own_data_loader_without_replay_is_refused(make_trainer):
     class Behind(gere_trainer(Own), GeReTrainer):
         pass
 
-    for cls in (Before, Behind):
-        trainer = make_trainer(cls)
+    def make(cls, **changes):
+        trainer = make_trainer(cls, **changes)
         trainer.rows, trainer.own_collator = trainer.train_dataset, trainer.data_collator
-        refused(trainer, UnsupportedSettingError, "do not hold the replay rows")
+        return trainer
+
+    for cls in (Before, Behind):
+        match = f"replay_mode[\\s\\S]*{cls.__name__} makes its own data loader"
+        refused(make(cls, config={"replay_mode": "replace"}), UnsupportedSettingError, match)
+        refused(make(cls, replay=0), ConfigError, r"num_interpolate_per_batch[\s\S]*at least 1")
+    trainer = make(Before)
+    trainer.train()
+    assert trainer.state.log_history[0]["gere/tm"] == 0.0, "the rows are added"
 
 
 def test_texts_that_general_loss_cannot_use(model, tokenizer):
@@ -166,28 +195,25 @@ def test_texts_that_general_loss_cannot_use(model, tokenizer):
             general_loss(model, tokenizer, texts)
 
 
-def test_rows_of_one_token(make_trainer):
+def test_rows_of_one_token(tokenizer):
     config = {"replay_dataset": [*TEXTS, "a"], "add_bos": False}
-    refused(make_trainer(config=config), ReplaySetError, "rows 2[\\s\\S]*at least 2 tokens")
+    unusable(config, tokenizer, ReplaySetError, "rows 2[\\s\\S]*at least 2 tokens")
 
 
-def test_no_network_names_the_ways_on(make_trainer):
-    config = {"replay_dataset": None}
-    refused(make_trainer(config=config), ReplayDownloadError, r"SlimPajama-6B[\s\S]*\.jsonl[\s\S]*list of strings")
+def test_no_network_names_the_ways_on(tokenizer):
+    unusable({}, tokenizer, ReplayDownloadError, r"SlimPajama-6B[\s\S]*\.jsonl[\s\S]*list of strings")
 
 
 def test_tokenizers_that_lack_something(make_trainer, tokenizer):
-    bare = copy.deepcopy(tokenizer)
-    bare.pad_token = None
     trainer = make_trainer()
-    trainer.processing_class = bare
-    refused(trainer, TokenizerError, "tokenizer.pad_token = tokenizer.eos_token")
     trainer.processing_class = None
     refused(trainer, TokenizerError, "processing_class=tokenizer")
     bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    unusable({"replay_dataset": TEXTS}, bare, TokenizerError, "tokenizer.pad_token = tokenizer.eos_token")
+    bare = copy.deepcopy(tokenizer)
     bare.bos_token = None
-    with pytest.raises(TokenizerError, match="add_bos"):
-        load_replay_set(GeReConfig(replay_dataset=TEXTS, add_bos=True), bare, Path("unused"))
+    unusable({"replay_dataset": TEXTS, "add_bos": True}, bare, TokenizerError, "add_bos")
 
 
 def test_encoder_decoder_model(make_trainer):
@@ -213,7 +239,7 @@ def test_full_disk(make_trainer, monkeypatch):
         raise OSError(28, "No space left on device")
 
     trainer = make_trainer()
-    monkeypatch.setattr("gere.cache.files.os.fsync", full)
+    monkeypatch.setattr("gere._files.os.fsync", full)
     refused(trainer, CacheFolderError, "full[\\s\\S]*No space left")
 
 
@@ -246,14 +272,9 @@ def test_each_field_that_differs_is_refused_by_name(make_trainer, general, token
         if "texts" in fields:
             make_trainer(config={"max_length": 400}, gere_hidden_state_saving_dir=tmp_path / "long").train()
             changes["gere_hidden_state_saving_dir"] = tmp_path / "long"
-        trainer = make_trainer(**changes)
-        refused(trainer, CacheMismatchError, fields[0])
-        with pytest.raises(CacheMismatchError) as caught:
-            trainer.train()
-        assert caught.value.fields == fields
-    with pytest.raises(CacheMismatchError) as caught:
-        make_trainer(config={"replay_strategy": "ce"}).train()
-    assert "strategy" in caught.value.fields
+        assert refused(make_trainer(**changes), CacheMismatchError, fields[0]).fields == fields
+    error = refused(make_trainer(config={"replay_strategy": "ce"}), CacheMismatchError, "strategy")
+    assert "strategy" in error.fields
     assert len(list((tmp_path / "gere_saving").glob("anchor-*"))) == 1, "nothing was rebuilt"
     make_trainer().train()
 
@@ -331,7 +352,7 @@ def test_reentrant_checkpointing_with_mixed_steps_of_several_processes(make_trai
     settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     make_trainer(args=arguments(**settings), replay=3).train()
     trainer = make_trainer(args=arguments(**settings), replay=3)
-    monkeypatch.setattr("gere.checks.several_wrapped", lambda trainer: True)
+    monkeypatch.setattr("gere.session.policy.is_wrapped", lambda trainer: True)
     refused(trainer, UnsupportedSettingError, r"use_reentrant[\s\S]*use_reentrant_gc: false[\s\S]*a multiple of 4")
     make_trainer(args=arguments(**settings), replay=4).train()
     plain = {**settings, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -365,8 +386,6 @@ def test_rows_that_cannot_be_added_or_replaced(make_trainer, task):
     trainer = make_trainer(train_dataset=stream, config={"replay_mode": "replace"})
     refused(trainer, UnsupportedSettingError, r"replay_mode[\s\S]*IterableDataset")
     refused(make_trainer(train_dataset=stream, replay=0), ConfigError, r"num_interpolate_per_batch[\s\S]*at least 1")
-    with pytest.raises(ConfigError, match="replay_mode"):
-        make_trainer(config={"replay_mode": "insert"})
 
 
 def test_errors_survive_a_worker():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import os
@@ -17,17 +18,17 @@ import pytest
 import torch
 from conftest import ROOT, TINY, load_tiny
 from filelock import FileLock
-from gere.session.named import keys_in_runs
 from peft import LoraConfig, get_peft_model
 from processes import finish, free_port
-from test_lora import with_lora
 from transformers import AutoModelForCausalLM
 
+from gere import GeReConfig
 from gere.cache.base_model import BaseModel
 from gere.cache.fingerprint import text_digest
 from gere.cache.store import manifest_bytes
 from gere.cli.main import main, make_parser
-from gere.cli.settings import read_settings
+from gere.cli.settings import read_kwargs
+from gere.session.checkpoint import keys_in_runs
 
 HEAVY = "print('heavy:', *sorted({'torch', 'transformers', 'datasets', 'yaml'} & set(sys.modules)))"
 KEYS = [letter * 32 for letter in "abcdef"]
@@ -77,6 +78,10 @@ def run(words: str, capsys) -> tuple[int, str, str]:
     status = main(words.split())
     shown = capsys.readouterr()
     return status, shown.out, shown.err
+
+
+def with_lora():
+    return get_peft_model(load_tiny(), LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 
 
 CASES = {
@@ -164,11 +169,11 @@ def test_settings_of_a_config_file(name, build, tmp_path):
 
 def test_values_have_the_types_of_their_settings():
     words = ["add_bos=None", "replay_size=12", "std_floor=1e-4", "replay_dataset=12", "w_strategy=50", "anchor=1e5"]
-    kwargs = read_settings(None, words)
+    kwargs = read_kwargs(None, words)
     config = kwargs["gere_config"]
     assert (config.add_bos, config.replay_size, config.std_floor) == (None, 12, 1e-4)
     assert (config.replay_dataset, config.anchor, kwargs["w_strategy"]) == ("12", "1e5", "50")
-    assert read_settings(None, ["add_bos=True"])["gere_config"].add_bos is True
+    assert read_kwargs(None, ["add_bos=True"])["gere_config"].add_bos is True
 
 
 @pytest.mark.parametrize(
@@ -203,6 +208,7 @@ def test_a_launcher_that_shards_is_refused(build, capsys, monkeypatch):
     assert "UnsupportedSettingError" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_build_the_same_bytes(build, texts_file, tmp_path):
     assert build(folder="alone") == 0
     known = ["--model", TINY, "--replay-dataset", texts_file, "--set", "max_length=48", "--device", "cpu"]
@@ -215,6 +221,7 @@ def test_two_processes_of_torchrun_build_the_same_bytes(build, texts_file, tmp_p
     assert anchors(tmp_path / "built") == anchors(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_processes_with_other_texts_are_refused(texts_file, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(texts_file.read_text(encoding="utf-8").replace("the", "a"), encoding="utf-8")
@@ -241,10 +248,8 @@ def test_help_imports_nothing_heavy(words):
 def test_help_names_every_setting(capsys):
     with pytest.raises(SystemExit):
         make_parser().parse_args(["cache", "build", "--help"])
-    from gere.arguments import CONFIG_FIELDS
-
     shown = capsys.readouterr().out
-    assert all(f"  {name} " in shown for name in CONFIG_FIELDS)
+    assert all(f"  {field.name} " in shown for field in dataclasses.fields(GeReConfig))
 
 
 @pytest.fixture
@@ -479,7 +484,7 @@ def test_gc_removes_nothing_if_a_run_cannot_say_what_it_needs(damage, cache, tmp
 
 
 def test_gc_refuses_a_folder_in_which_an_anchor_is_built(cache, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gere.cache.collect.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("gere.cache.gc.LOCK_SECONDS", 0.1)
     root, _ = cache
     before = content(root)
     with FileLock(root / ".lock"):
@@ -502,7 +507,7 @@ def test_gc_killed_halfway_leaves_no_half_of_an_anchor(cache, capsys, tmp_path, 
 
     words = f"cache gc {root} --runs {tmp_path / 'out'} --yes"
     with monkeypatch.context() as patch:
-        patch.setattr("gere.cache.collect.shutil.rmtree", killed)
+        patch.setattr("gere.cache.gc.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             run(words, capsys)
     assert not (root / f"anchor-{keys[1]}").exists() and (root / f"anchor-{keys[1]}.retired").exists()
@@ -528,13 +533,12 @@ def test_gc_of_damaged_things(cache, tmp_path, capsys):
 
 def test_gc_keeps_what_the_checkpoint_of_a_training_names(build, make_trainer, arguments, tmp_path, capsys):
     assert build("--set", "band_width=2", folder="gere_saving") == 0
-    trainer = make_trainer(args=arguments(save_strategy="steps", save_steps=2), config={"band_width": 1.0})
-    trainer._gere.reuse = False
+    trainer = make_trainer(args=arguments(save_strategy="steps", save_steps=2), reuse_gere_hidden_state=False)
     trainer.train()
     root = tmp_path / "gere_saving"
     status, shown, _ = run(f"cache gc {root} --runs {tmp_path / 'out'} --yes", capsys)
     assert status == 0 and "Runs name 1 anchors" in shown
-    assert [path.name for path in root.glob("anchor-*")] == [f"anchor-{trainer._gere.anchor.key}"]
+    assert [path.name for path in root.glob("anchor-*")] == [f"anchor-{trainer.replay.anchor.key}"]
     resumed = make_trainer(args=arguments(save_strategy="steps", save_steps=2, max_steps=4))
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4

@@ -1,4 +1,4 @@
-"""`gere cache build`: the anchor of a base model, ahead of training and as the training would make it."""
+"""`gere cache build`: make the anchor of a base model ahead of training, byte for byte as the training would."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from gere import _compat
-from gere.cache import Anchor
 from gere.cache.inventory import describe_anchor
-from gere.cli.cache_show import anchor_lines
+from gere.cli.cache_folder import anchor_lines
 from gere.cli.loading import Prepared, load_model, load_tokenizer, prepare
-from gere.cli.settings import read_settings
+from gere.cli.settings import read_kwargs
 from gere.config import require
 from gere.ranks import Ranks
-from gere.session import plan
 from gere.session.anchor import ReadyModel, find_anchor, precision_name
-from gere.session.plan import ReplaySettings
+from gere.session.plan import ReplaySettings, make_plan, read_settings
 
 
 def build(options: argparse.Namespace) -> int:
-    """Build or open the anchor, and write what it is.
+    """Build the anchor, or open it if it is there, and describe it.
 
     Args:
         options: As `gere.cli.cache` reads them.
@@ -34,28 +32,33 @@ def build(options: argparse.Namespace) -> int:
     settings = _settings(options)
     with prepare(options.precision, tf32=options.tf32, cpu=options.device == "cpu") as prepared:
         ranks = _compat.ranks_of(prepared)
-        progress = ranks.index == 0
+        leads = ranks.index == 0
         tokenizer = load_tokenizer(options.tokenizer or options.model, options.pad_token)
         model = load_model(options.model, options.dtype, prepared.device)
-        # Texts are sampled before autocast is wrapped around the model, as in a training.
-        replay_plan = plan.make_plan(settings, tokenizer, model, ranks, checkpoint=None, progress=progress)
-        before = _times(settings.folder)
+        # The texts of `replay_dataset="self"` are sampled without autocast in a training, so before `_ready` here.
+        plan = make_plan(settings, tokenizer, model, ranks, checkpoint=None, progress=leads)
+        before = _written(settings.folder)
         ready = _ready(model, prepared, ranks)
-        found = find_anchor(settings, ready, replay_plan.replay, checkpoint=None, progress=progress)
-        if ranks.index == 0:
-            _report(found.anchor, _times(settings.folder) == before, time.monotonic() - started)
+        anchor = find_anchor(settings, ready, plan.replay, checkpoint=None, progress=leads).anchor
+        if leads:
+            done = "There already" if _written(settings.folder) == before else "Built"
+            first = f"{done}: {anchor.folder}, {time.monotonic() - started:.1f} s"
+            sys.stdout.write("\n".join([first, *anchor_lines(describe_anchor(anchor.folder))]) + "\n")
     return 0
 
 
 def _settings(options: argparse.Namespace) -> ReplaySettings:
     """The replay settings of a training with these options."""
-    words = [f"replay_dataset={options.replay_dataset}"] if options.replay_dataset is not None else []
-    kwargs = read_settings(options.config, [*words, *options.set])
-    named = kwargs.get("gere_hidden_state_saving_dir", options.folder)
-    same = Path(named).resolve() == options.folder.resolve()
-    require(same, "gere_hidden_state_saving_dir", f"FOLDER, {options.folder}", str(named))
+    words = [*options.set]
+    if options.replay_dataset is not None:
+        words.insert(0, f"replay_dataset={options.replay_dataset}")
+    kwargs = read_kwargs(options.config, words)
+    folder = kwargs.get("gere_hidden_state_saving_dir", options.folder)
+    same = Path(folder).resolve() == options.folder.resolve()
+    require(same, "gere_hidden_state_saving_dir", f"FOLDER, {options.folder}", str(folder))
     reuse = kwargs.get("reuse_gere_hidden_state", True)
-    settings = plan.read_settings(options.folder, reuse, None, "auto", kwargs["gere_config"])
+    # Neither the rows of a step nor the weight decide what is in an anchor.
+    settings = read_settings(options.folder, reuse, None, "auto", kwargs["gere_config"])
     strategy = settings.config.replay_strategy
     require(settings.active, "gere_config.replay_strategy", "a strategy with an anchor", strategy)
     return settings
@@ -72,12 +75,6 @@ def _ready(model: Any, prepared: Prepared, ranks: Ranks) -> ReadyModel:
     )
 
 
-def _times(folder: Path) -> dict[str, int]:
-    """When each manifest was written."""
-    return {str(path): path.stat().st_mtime_ns for path in folder.glob("anchor-*/manifest.json")}
-
-
-def _report(anchor: Anchor, there: bool, seconds: float) -> None:
-    what = "There already" if there else "Built"
-    lines = [f"{what}: {anchor.folder}, {seconds:.1f} s", *anchor_lines(describe_anchor(anchor.folder))]
-    sys.stdout.write("\n".join(lines) + "\n")
+def _written(folder: Path) -> dict[str, int]:
+    """When the manifest of each anchor was written; rebuilding an anchor keeps its name."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("anchor-*/manifest.json")}

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from gere.arguments import require_known
-from gere.config import require
+from gere.config import require, require_known
 from gere.errors import ConfigError
 
 MODES = ("sequence", "multitask")

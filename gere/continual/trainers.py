@@ -11,8 +11,7 @@ from typing import Any, get_type_hints
 import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from gere.arguments import kwargs_of_section
-from gere.config import require
+from gere.config import kwargs_of_section, require
 from gere.continual.settings import SequenceSettings, require_name
 from gere.errors import ConfigError, TokenizerError, UnsupportedSettingError
 from gere.trainer import GeReTrainer

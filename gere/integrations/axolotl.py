@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gere.arguments import kwargs_of_section
+from gere.config import kwargs_of_section
 from gere.errors import ConfigError, GeReError, UnsupportedSettingError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gere.arguments import kwargs_of_section
+from gere.config import kwargs_of_section
 from gere.errors import ConfigError, GeReError, UnsupportedSettingError
 from gere.integrations.torchrun import enabled
 

@@ -37,6 +37,15 @@ def with_processing_class(parent_init: Any, kwargs: dict[str, Any]) -> dict[str,
     return {"processing_class" if name == "tokenizer" else name: value for name, value in kwargs.items()}
 
 
+def arguments_of(trainer_class: type) -> set[str]:
+    """Names of all arguments that a trainer class and its parents take; `tokenizer` was one before transformers 5."""
+    names = {"tokenizer"}
+    for cls in trainer_class.__mro__:
+        if "__init__" in vars(cls):
+            names.update(inspect.signature(vars(cls)["__init__"]).parameters)
+    return names
+
+
 def ranks_of(trainer: Any, *, lockstep: bool = False) -> Ranks:
     """The processes of a trainer's run."""
     return _ranks(trainer.accelerator, lockstep)

@@ -365,11 +365,12 @@ def refuse_unknown_arguments(kwargs: Mapping[str, Any], known_of_parent: Collect
         ConfigError: Naming the argument that was meant, and where it belongs.
     """
     own = (*TRAINER_FIELDS, "gere_config")
+    parents = set(known_of_parent) - set(own)
     meant = {spelling: name for name in (*own, *CONFIG_FIELDS) for spelling in (name, argument_name(name))}
     for key in kwargs:
         # The parent's names take part, so that a misspelling of one of them is not taken for one of ours.
-        nearest = difflib.get_close_matches(key, [*known_of_parent, *meant], n=1, cutoff=RESEMBLES)
-        if key in own or not nearest or nearest[0] in known_of_parent:
+        nearest = difflib.get_close_matches(key, [*parents, *meant], n=1, cutoff=RESEMBLES)
+        if key in own or not nearest or nearest[0] in parents:
             continue
         name = meant[nearest[0]]
         fix = f"Did you mean {name}?"

@@ -17,7 +17,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from gere import _compat
-from gere.config import GeReConfig, require
+from gere.config import GeReConfig, refuse_unknown_arguments, require
 from gere.evaluation import GeneralAbilityCallback
 from gere.model.adapters import refuse_unanchorable
 from gere.model.sharded import is_sharded
@@ -102,6 +102,7 @@ class GeReMixin(_Parent):
         self._gere_steps = Steps(type(self).__name__)
         self._gere_checkpoint: Path | None = None
         self._gere_why_added = ""
+        refuse_unknown_arguments(kwargs, _compat.arguments_of(type(self)))
         super().__init__(*args, **_compat.with_processing_class(super().__init__, kwargs))
         if not self._gere.active:
             return
@@ -322,6 +323,7 @@ class GeReMixin(_Parent):
 
     def _gere_begin(self) -> None:
         """Open or build the anchor: the model is ready, and no step has been taken."""
+        checks.refuse_settings(self)  # again, for a class whose own data loader went past ours
         inner = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         adding = bool(self._gere_why_added)
         mixes = policy.may_mix(self, self._gere.rows_per_step, adding=adding)

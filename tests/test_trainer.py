@@ -402,3 +402,21 @@ def test_scaled_or_capped_logits_are_not_taken_from_the_head_alone():
     with torch.no_grad():
         expected = model(torch.tensor([row]), labels=torch.tensor([row])).loss
     torch.testing.assert_close(ce[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("num_interpolate_per_bach", "Did you mean num_interpolate_per_batch"),
+        ("replay_dataset", "belongs in GeReConfig"),
+        ("gere_replay_dataset", "belongs in GeReConfig"),
+    ],
+)
+def test_misspelled_and_misplaced_arguments_get_a_way_on(make_trainer, name, advice):
+    with pytest.raises(ConfigError, match=advice):
+        make_trainer(**{name: 4})
+
+
+def test_an_argument_that_nobody_knows_is_left_to_the_parent(make_trainer):
+    with pytest.raises(TypeError, match="nonsense"):
+        make_trainer(nonsense=1)

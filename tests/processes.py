@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,6 @@ JOB = Path(__file__).with_name("job.py")
 class Done(NamedTuple):
     codes: list[int]
     output: str
-    seconds: float
     results: list[dict]
 
     @property
@@ -60,10 +58,9 @@ def finish(processes: list[subprocess.Popen], limit: float) -> tuple[list[int], 
 def run(root: Path, ranks: int, *, limit: int = 120, succeed: bool = True, **job) -> Done:
     """Run a job on so many ranks; a rank that is still there after `limit` seconds prints its stack and ends."""
     root.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
     codes, output = finish(start(root, ranks, job, limit), limit + 30)
     if succeed:
         assert not any(codes), f"{codes}\n{output}"
     paths = [root / f"result-{rank}.json" for rank in range(ranks)]
     results = [json.loads(path.read_text()) for path in paths] if succeed else []
-    return Done(codes, output, time.monotonic() - begin, results)
+    return Done(codes, output, results)

@@ -195,7 +195,7 @@ def test_a_damaged_anchor_is_not_handed_on(tmp_path):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_one_rank_fails_and_all_end(tmp_path, strategy):
     done = run(tmp_path, 2, succeed=False, strategy=strategy, fail_rank=1, **ANCHOR)
-    assert all(done.codes) and done.seconds < 60
+    assert all(done.codes) and "Timeout (" not in done.output, "a rank waited until the limit of the job"
     assert "RankFailedError" in done.output and "the disk of this rank is gone" in done.output
     assert "rank 1" in done.output
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
+import torch
+from filelock import FileLock
 
-from gere.cache.resolve import _locked
+from gere.cache import BuildPlan, Distilled, build_anchor, open_or_build
 from gere.errors import GeReError, RankFailedError
+from gere.losses.strategy import make_strategy
 from gere.ranks import ALONE, Ranks
 
 
 def thread_ranks(count):
-    """As many ranks as threads; each hangs for 30 seconds at most."""
-    items, barrier = [None] * count, threading.Barrier(count, timeout=30)
+    """As many ranks as threads."""
+    items, barrier = [None] * count, threading.Barrier(count)
 
     def gather_of(index):
         def gather(item):
@@ -29,8 +31,8 @@ def thread_ranks(count):
     return [Ranks(index, count, first_here=index == 0, gather=gather_of(index)) for index in range(count)]
 
 
-def on_all(actions, seconds=30):
-    found = ["still waiting"] * len(actions)
+def on_all(actions):
+    found = [None] * len(actions)
 
     def run(place, action):
         try:
@@ -42,7 +44,7 @@ def on_all(actions, seconds=30):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(seconds)
+        thread.join()
     return found
 
 
@@ -81,29 +83,44 @@ def test_the_first_of_a_machine_goes_first():
 
 
 def test_two_runs_over_two_disks_do_not_wait_in_a_ring(tmp_path, monkeypatch):
-    """Each run can hold one disk and want the other; both must come through, one after the other."""
-    monkeypatch.setattr("gere.cache.resolve.LOCK_SECONDS", 0.1)
+    """Each run holds one disk and wants the other; both must come through, one after the other."""
+    here, each_holds_one = threading.local(), threading.Barrier(4)
 
-    def late(root, ranks):
-        time.sleep(0.5 * ranks.index)  # each run has taken its first disk by then
+    def leads(root, ranks):
+        here.rank, here.tried = ranks.index, False
         return True
 
-    monkeypatch.setattr("gere.cache.resolve.leads_disk", late)
-    disks = [tmp_path / "disk-0", tmp_path / "disk-1"]
-    for disk in disks:
-        disk.mkdir()
-    inside, most = [], []
+    class Lock(FileLock):
+        def acquire(self, *arguments, **keywords):
+            first, here.tried = not here.tried, True
+            if first and here.rank == 1:
+                each_holds_one.wait()
+            lock = super().acquire(*arguments, **keywords)
+            if first and here.rank == 0:
+                each_holds_one.wait()
+            return lock
 
-    def member(run, rank):
-        with _locked(disks[rank.index if run == 0 else 1 - rank.index], rank):
+    monkeypatch.setattr("gere.cache.resolve.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("gere.cache.resolve.leads_disk", leads)
+    monkeypatch.setattr("gere.cache.resolve.FileLock", Lock)
+    strategy = make_strategy("ce", {}, depth=1, live=False, half=False)
+    plan = BuildPlan({"texts": "t"}, [[1, 2], [3, 4, 5]], strategy, batch_tokens=8)
+    disks, inside, most = [tmp_path / "disk-0", tmp_path / "disk-1"], [], []
+
+    def distil(rows):
+        return Distilled(torch.tensor([float(sum(row)) for row in rows]), [{} for _ in rows])
+
+    def member(run, ranks):
+        def build(folder, leads):
             inside.append(run)
             most.append(len(set(inside)))
-            rank.gather(None)
+            build_anchor(folder, plan, distil, ranks=ranks, leads=leads, progress=False)
             inside.remove(run)
-            rank.gather(None)
-        return "through"
+
+        disk = disks[ranks.index if run == 0 else 1 - ranks.index]
+        return open_or_build(disk, plan.fields, build, reuse=False, ranks=ranks).base_ce.tolist()
 
     runs = [thread_ranks(2), thread_ranks(2)]
     members = [lambda n=n, r=r: member(n, r) for n, ranks in enumerate(runs) for r in ranks]
-    assert on_all(members, 15) == ["through"] * 4
-    assert max(most) == 1, "two runs were inside at once"
+    assert on_all(members) == [[3.0, 12.0]] * 4
+    assert most == [1] * 4, "two runs were inside at once"

@@ -1,17 +1,21 @@
-"""The demo runs as the README says, on its own files and on others."""
+"""The demo runs as the README says, on its own files and on others; the quickstart logs what replay does."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
+import pytest
 from conftest import DATA, ROOT, TINY, read_jsonl
 
+pytestmark = pytest.mark.slow
 
-def run_demo(*arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "examples" / "train_demo.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=ROOT)
+
+def run_example(name: str, *arguments: str, cwd=ROOT) -> str:
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -22,7 +26,7 @@ def figures(output: str, name: str) -> list[float]:
 
 
 def test_demo_shows_what_replay_keeps(tmp_path):
-    output = run_demo("--out", str(tmp_path))
+    output = run_example("train_demo.py", "--out", str(tmp_path))
     base, plain, ours = (figures(output, name) for name in ("base model", "Trainer", "GeReTrainer"))
     assert plain[0] < base[0] / 2 and ours[0] < base[0] / 2, "both learn the task"
     assert plain[2] > 0.3, "plain training forgets"
@@ -37,8 +41,21 @@ def test_demo_takes_other_files(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     files = [f"--{name}-file={tmp_path / name}.jsonl" for name in ("task", "replay", "heldout")]
     sizes = ["--steps=2", "--warm-up-steps=0", "--task-dev-rows=8", "--replay-rows=12", "--task-rows=30"]
-    output = run_demo(f"--model={TINY}", f"--out={tmp_path / 'out'}", "--w-strategy=100", *files, *sizes)
+    output = run_example(
+        "train_demo.py", f"--model={TINY}", f"--out={tmp_path / 'out'}", "--w-strategy=100", *files, *sizes
+    )
     assert "replays 4 of 12 general texts" in output and len(figures(output, "GeReTrainer")) == 4
+
+
+def test_quickstart_logs_what_replay_does(tmp_path):
+    output = run_example("quickstart.py", cwd=tmp_path)
+    logs = [line for line in output.splitlines() if "'gere/task_loss'" in line]
+    assert len(logs) == 4 and all("'gere/tm'" in line and "'gere/ce'" in line for line in logs)
+    task_loss = [float(re.search(r"'gere/task_loss': '?([\d.]+)", line)[1]) for line in logs]
+    assert task_loss[-1] < task_loss[0]
+    assert list((tmp_path / "tmp_trainer" / "gere_saving").glob("anchor-*"))
+    lines = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 25
 
 
 def test_committed_model_is_what_its_script_makes(tmp_path):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -107,56 +105,6 @@ def test_recipe_of_trl(monkeypatch, tmp_path, texts):
 def test_sections_are_those_that_the_documents_tests_run(name):
     sections = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), flags=re.S)
     assert sections[0] in re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
-
-
-def test_run_multi_gpu_on_two_processes_of_a_cpu(tmp_path):
-    command = ["bash", str(ROOT / "run_multi_gpu.sh"), "--nproc", "2", "--cpu", "--", "--out", str(tmp_path / "out")]
-    small = [
-        "--steps",
-        "6",
-        "--warm-up-steps",
-        "0",
-        "--task-rows",
-        "40",
-        "--task-dev-rows",
-        "8",
-        "--replay-rows",
-        "20",
-    ]
-    env = {**os.environ, "PYTHON": sys.executable}
-    done = subprocess.run([*command, *small], capture_output=True, text=True, timeout=200, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 process(es)" in done.stdout and done.stdout.count("GeReTrainer replays") == 1
-    assert list((tmp_path / "out" / "gere_saving").glob("anchor-*"))
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--strategy", "zero4"], "none of ddp, zero2, zero3, fsdp2"),
-        (["--strategy", "fsdp2", "--cpu"], "fsdp2 needs GPUs"),
-        (["--nproc", "0"], "not a number of processes"),
-        (["--nproc"], "needs a value"),
-        (["--steps", "6"], "come after --"),
-        (["--script", "nothing.py"], "no script nothing.py"),
-    ],
-)
-def test_run_multi_gpu_says_what_is_wrong(options, said):
-    both = options if "--nproc" in options else ["--nproc", "2", *options]
-    env = {**os.environ, "PYTHON": sys.executable}
-    command = ["bash", str(ROOT / "run_multi_gpu.sh"), *both]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
-    assert done.returncode == 2 and said in done.stderr
-
-
-def test_run_multi_gpu_names_the_interpreter_that_lacks_torch(tmp_path):
-    bare = tmp_path / "python"
-    bare.write_text("#!/bin/sh\nexit 1\n")
-    bare.chmod(0o755)
-    command = ["bash", str(ROOT / "run_multi_gpu.sh"), "--nproc", "2", "--cpu"]
-    env = {**os.environ, "PYTHON": str(bare)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
-    assert done.returncode == 2 and "set PYTHON" in done.stderr
 
 
 def test_settings_of_the_readme_are_the_defaults():

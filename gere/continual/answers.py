@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from gere.evaluation.choices import Row, log_likelihoods
-from gere.evaluation.general import evaluating
 from gere.model.adapters import base_module
 from gere.model.batching import batches_by_length
+from gere.model.forward import evaluating
 
 
 class Scores(NamedTuple):

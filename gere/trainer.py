@@ -1,5 +1,7 @@
-"""`GeReTrainer`: replay in `Trainer`'s own hooks. Batch insertion is in `sampler`, the base model's states in `cache`,
-the losses in `losses`; this file overrides `compute_loss` and the train sampler, and delegates to them."""
+"""`GeReTrainer`: overrides `compute_loss` and the train sampler of `Trainer`, and delegates.
+
+The states of the base model are in `gere.cache`, the losses in `gere.losses`, batch insertion in `gere.sampler`.
+"""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ MOST_KEPT = 1024
 NORMALIZATIONS = ("auto", "violations", "elements")
 MODES = ("auto", "replace", "add")
 PROMPTS = ("auto", "bos", "chat")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 SELF = "self"
 
 

@@ -252,13 +252,6 @@ def test_a_damaged_file_is_refused(model, tokenizer, tmp_path):
         assert text_digest(found) != text_digest(texts) or b'"source"' in good[max(0, place - 20) : place + 10]
 
 
-def test_texts_that_gc_removes_are_written_again(model, tokenizer, tmp_path):
-    first = own_texts(model, tokenizer, small(), tmp_path)
-    gone = collect(tmp_path, set(), delete=True)
-    assert [path.suffix for path, *_ in gone] == [".jsonl"] and not files_in(tmp_path)
-    assert own_texts(model, tokenizer, small(), tmp_path) == first
-
-
 # Conversations
 
 
@@ -386,11 +379,16 @@ def test_training_resume_and_second_task_use_the_first_texts(make_trainer, argum
         trained(make_trainer, arguments, checkpoint)
 
 
-def test_the_base_writes_lost_texts_again(make_trainer, arguments, tmp_path):
-    first = trained(make_trainer, arguments)
-    (file,) = (tmp_path / "gere_saving").glob("replay-*")
+def test_gc_removes_texts_without_an_anchor_and_the_base_writes_them_again(
+    make_trainer, arguments, tokenizer, tmp_path
+):
+    folder, first = tmp_path / "gere_saving", trained(make_trainer, arguments)
+    (file,) = folder.glob("replay-*")
     good = file.read_bytes()
-    file.unlink()
+    own_texts(load_tiny(), tokenizer, small(self_seed=5), folder)
+    (other,) = set(folder.glob("replay-*")) - {file}
+    assert [item.path for item in collect(folder, {first.replay.anchor.key}, delete=True)] == [other]
+    assert {item.path for item in collect(folder, set(), delete=True)} == {file, first.replay.anchor.folder}
     again = trained(make_trainer, arguments)
     assert file.read_bytes() == good and again.replay.anchor.key == first.replay.anchor.key
 

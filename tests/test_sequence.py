@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -157,6 +158,13 @@ def test_decoding_stops_at_line_end_and_at_eos(tokenizer):
         assert greedy_answers(model, tokenizer, prompts, 9) == [expected] * 3
         assert len(calls) == 2
         handle.remove()
+    # A word that ends a text is none of its special tokens, and no part of the answer either.
+    own = copy.deepcopy(tokenizer)
+    own.eos_token = "z"
+    end = own.eos_token_id
+    calls.clear()
+    model.register_forward_hook(head([other, end, other]))
+    assert greedy_answers(model, own, prompts, 9) == ["x"] * 3 and len(calls) == 2
 
 
 def test_likeliest_answers_against_float64(tokenizer):

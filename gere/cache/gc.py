@@ -62,22 +62,20 @@ def collect(root: Path, named: Collection[str] | None, keep: Collection[str] = (
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    lock = folder_lock(root)
+    file = folder_lock(root)
     with folder_errors(root):
         try:
-            lock.acquire(timeout=LOCK_SECONDS)
+            lock = file.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:
             raise CacheFolderError(
                 "Another run builds an anchor in this folder.",
                 where=root,
                 expected="a folder in which nothing is being built",
-                found=f"a lock on {lock.lock_file}",
+                found=f"a lock on {file.lock_file}",
                 fix="Try again when the other run has begun to train.",
             ) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def _find(held: Survey, named: Collection[str] | None, keep: Collection[str]) -> Iterator[Rubbish]:

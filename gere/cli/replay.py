@@ -81,11 +81,11 @@ def run(options: argparse.Namespace) -> int:
         for source in sources:
             records += _records(source, options, tokenizer, folder)
     kept = without_repeats(records)
+    written = ""
     if options.out is not None:
         _write(options.out, kept)
-    sys.stdout.write(describe(records, tokenizer, config))
-    if options.out is not None:
-        sys.stdout.write(f"wrote {len(kept)} texts to {options.out}\n")
+        written = f"wrote {len(kept)} texts to {options.out}\n"
+    sys.stdout.write(describe(records, tokenizer, config) + written)
     return 0
 
 

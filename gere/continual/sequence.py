@@ -73,9 +73,8 @@ def run(
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Keep other processes out of a run folder. The system releases the lock of a killed process."""
-    lock = FileLock(out / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(out / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
             "The run folder is in use.",
@@ -84,10 +83,8 @@ def _alone(out: Path) -> Iterator[None]:
             found="another process that trains there",
             fix="Wait for it, or set out to another folder.",
         ) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 class _Sequence:

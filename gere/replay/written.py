@@ -432,9 +432,9 @@ class TextSampler:
     def _chat(self) -> Dialogue:
         """Split the chat template, without a BOS that the tokenizer adds by itself."""
         dialogue = split_chat_template(self._tokenizer)
-        if not adds_bos(self._tokenizer, self._config):
-            return dialogue
-        return dialogue._replace(opening=dialogue.opening.removeprefix(self._tokenizer.bos_token))
+        if adds_bos(self._tokenizer, self._config):
+            dialogue = dialogue._replace(opening=dialogue.opening.removeprefix(self._tokenizer.bos_token))
+        return dialogue
 
     def _opening_ids(self, text: str) -> list[int]:
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id

@@ -2,8 +2,8 @@
 
 Each model and each strategy has its own scale of distance, so a weight that is right for one is wrong for another.
 What all share is the distance of a row to text that it has nothing to do with. `auto` measures that distance and sets
-the weight so that every strategy pulls equally hard, with a slope of 20 nats for the whole way, when a model has gone a
-tenth of the way. A cap in units of the row's own cross-entropy lets a model that drifts far anyway learn its task.
+the weight so that every strategy pulls equally hard, with a slope of 20 nats for the whole way, when a model has gone
+a tenth of the way. A cap in units of the row's own cross-entropy lets a model that drifts far anyway learn its task.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def find_anchor(
         progress: Show a progress bar.
 
     Raises:
-        ConfigError: If the strategy asks for layers that the model does not have, or for a live base that is not there.
+        ConfigError: If the strategy asks for layers that the model lacks, or for a live base that is not there.
         ReplaySetError: If the replay set does not fit the model.
         CacheError: If the anchor is missing, damaged, or belongs to something else.
         RankFailedError: If another process failed.

@@ -129,3 +129,12 @@ def uncompiled() -> AbstractContextManager[Any]:
     the base model did when it was anchored, which would count as drift.
     """
     return torch.compiler.set_stance("force_eager")
+
+
+def repacks_in_eval_mode(module: torch.nn.Module) -> bool:
+    """Whether a 4-bit layer of bitsandbytes changes its weights when it is called in eval mode.
+
+    On CPUs with AVX512-BF16 it packs them for inference and rounds their scales to bfloat16, for good. The model would
+    no longer be the base that is trained. Its mode matters for nothing else.
+    """
+    return bool(getattr(module, "support_avx512bf16_for_cpu", False))

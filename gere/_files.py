@@ -128,7 +128,12 @@ def folder_errors(folder: Path) -> Iterator[None]:
 
 
 def read_lines(path: Path) -> Iterator[Any]:
-    """JSON values of a `.jsonl` file, one a line; empty lines are skipped.
+    """JSON values of a `.jsonl` file; arguments and errors as in `numbered_lines`."""
+    return (value for _, value in numbered_lines(path))
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """JSON values of a `.jsonl` file with their line numbers, from 1; empty lines are skipped.
 
     Args:
         path: The file, in UTF-8 with or without a byte order mark.
@@ -143,7 +148,7 @@ def read_lines(path: Path) -> Iterator[Any]:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
+                yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} of the file: {error}") from error
 

@@ -38,6 +38,7 @@ Normalization = Literal["auto", "violations", "elements"]
 Bands = Literal["mean_std", "quantile"]
 Prompt = Literal["auto", "bos", "chat"]
 PROMPTS = get_args(Prompt)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _setting(

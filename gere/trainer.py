@@ -1,5 +1,7 @@
-"""`GeReTrainer`: replay in `Trainer`'s own hooks. Batch insertion is in `sampler`, the base model's states in `cache`,
-the losses in `losses`; this file overrides `compute_loss` and the train sampler, and delegates to them."""
+"""`GeReTrainer`: overrides `compute_loss` and the train sampler of `Trainer`, and delegates.
+
+The states of the base model are in `gere.cache`, the losses in `gere.losses`, batch insertion in `gere.sampler`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from gere.session import checks, policy
 from gere.session.anchor import ReadyModel, precision_name, strategy_of
 from gere.session.callbacks import ReplayCallback
 from gere.session.checkpoint import loaded_key, read_key, write_key, write_weight
-from gere.session.plan import ReplayPlan, make_plan, read_settings
+from gere.session.plan import ReplayPlan, make_plan, replay_settings
 from gere.session.session import ReplaySession, begin_session
 from gere.session.step import MicroStep, Steps, StepShare
 
@@ -95,7 +97,7 @@ class GeReMixin(_Parent):
         gere_config: GeReConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        self._gere = read_settings(
+        self._gere = replay_settings(
             gere_hidden_state_saving_dir, reuse_gere_hidden_state, num_interpolate_per_batch, w_strategy, gere_config
         )
         self._gere_session: ReplaySession | None = None

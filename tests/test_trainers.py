@@ -1,4 +1,4 @@
-"""Trainers whose batches are no rows of tokens and labels: replay rides beside them, and they see what they always see."""
+"""Trainers of other shapes: replay rides beside their batches, and they see what they always see."""
 
 from __future__ import annotations
 

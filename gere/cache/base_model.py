@@ -131,7 +131,7 @@ class BaseModel:
         self._checked = True
 
     def _plain_head(self, logits: Tensor, ids: Tensor, mask: Tensor) -> nn.Module | None:
-        """The head, if the logits are its output unchanged (no soft cap, no scale) and the model can leave them out."""
+        """The head, if the logits are its output unchanged and the model can leave them out."""
         head = getattr(self._model, "get_output_embeddings", lambda: None)()
         if head is None:
             return None

@@ -56,8 +56,8 @@ def _bytes_needed(plan: BuildPlan, width: int, size: int) -> float:
 def measure_noise(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) -> Tensor:
     """Largest change of each dimension, [d], when rows are evaluated alone and in a padded batch.
 
-    The kernels round differently for other shapes. An element on the edge of its region would then seem violated on the
-    untouched model, and `w_strategy="dy"` would pull at it as hard as the cross-entropy does. The first process
+    The kernels round differently for other shapes. An element on the edge of its region would then seem violated on
+    the untouched model, and `w_strategy="dy"` would pull at it as hard as the cross-entropy does. The first process
     evaluates the batch and the last one the rows alone, for all.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Collection, Iterator
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 from filelock import Timeout
 
-from gere._files import folder_errors
+from gere._files import folder_errors, read_lines
 from gere.cache.fingerprint import text_digest
 from gere.cache.inventory import RETIRED, Survey, key_in, pick, size_of, survey
 from gere.cache.resolve import LOCK_SECONDS, anchor_folder, folder_lock
@@ -63,22 +62,20 @@ def collect(root: Path, named: Collection[str] | None, keep: Collection[str] = (
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    lock = folder_lock(root)
+    file = folder_lock(root)
     with folder_errors(root):
         try:
-            lock.acquire(timeout=LOCK_SECONDS)
+            lock = file.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:
             raise CacheFolderError(
                 "Another run builds an anchor in this folder.",
                 where=root,
                 expected="a folder in which nothing is being built",
-                found=f"a lock on {lock.lock_file}",
+                found=f"a lock on {file.lock_file}",
                 fix="Try again when the other run has begun to train.",
             ) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def _find(held: Survey, named: Collection[str] | None, keep: Collection[str]) -> Iterator[Rubbish]:
@@ -96,9 +93,6 @@ def _find(held: Survey, named: Collection[str] | None, keep: Collection[str]) ->
     texts = {_texts_of(path) for path in staying}
     for path in held.replay_files:
         if None not in texts and _digest_of(path) not in {*texts, None}:
-            manifest = path.with_suffix(".json")
-            if manifest.exists():  # first, since texts without it are no fault, but it without texts is
-                yield _rubbish(manifest, "its texts go")
             yield _rubbish(path, "no anchor that stays was made from these texts")
 
 
@@ -142,8 +136,7 @@ def _texts_of(folder: Path) -> str | None:
 def _digest_of(replay_file: Path) -> str | None:
     """Digest of kept texts; `None` if they cannot be read, and then they stay."""
     try:
-        lines = replay_file.read_text(encoding="utf-8", errors="surrogatepass").split("\n")
-        return text_digest(json.loads(line)["text"] for line in lines if line.strip())
+        return text_digest(record["text"] for record in read_lines(replay_file))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

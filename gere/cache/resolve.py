@@ -205,23 +205,6 @@ def _refuse_others(root: Path, fields: Mapping[str, str]) -> None:
         _require_same(fields, found, nearest, WAYS_ON["weights" if "weights" in names else ""])
 
 
-def refuse_other_base(root: Path, weights: str) -> None:
-    """Refuse a model that no anchor of a cache folder belongs to, before anything is made from it.
-
-    Args:
-        root: Cache folder; without anchors it takes any model.
-        weights: Digest of the weights of the model.
-
-    Raises:
-        CacheMismatchError: If all anchors are those of other weights.
-        CacheCorruptError: If a manifest is damaged.
-    """
-    others = {path: read_manifest(path)["fields"]["weights"] for path in anchors_in(root)}
-    if others and weights not in others.values():
-        path, found = next(iter(others.items()))
-        _require_same({"weights": weights}, {"weights": found}, path, WAYS_ON["weights"])
-
-
 def _require_same(wanted: Mapping[str, str], found: Mapping[str, str], folder: Path, fix: str) -> None:
     names = differences(wanted, found)
     if names:

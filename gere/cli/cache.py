@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gere.cli.settings import settings_help
+from gere.config import DTYPES
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 ABOUT_GC = (
     "List, and with --yes remove: anchors that no run under the folders of --runs names, unfinished builds, what "
     "killed runs left, and kept texts that no anchor is made from. A training names its anchor when it first saves: "

@@ -16,7 +16,7 @@ from gere.cli.settings import read_kwargs
 from gere.config import require
 from gere.ranks import Ranks
 from gere.session.anchor import ReadyModel, find_anchor, precision_name
-from gere.session.plan import ReplaySettings, make_plan, read_settings
+from gere.session.plan import ReplaySettings, make_plan, replay_settings
 
 
 def build(options: argparse.Namespace) -> int:
@@ -58,7 +58,7 @@ def _settings(options: argparse.Namespace) -> ReplaySettings:
     require(same, "gere_hidden_state_saving_dir", f"FOLDER, {options.folder}", str(folder))
     reuse = kwargs.get("reuse_gere_hidden_state", True)
     # Neither the rows of a step nor the weight decide what is in an anchor.
-    settings = read_settings(options.folder, reuse, None, "auto", kwargs["gere_config"])
+    settings = replay_settings(options.folder, reuse, None, "auto", kwargs["gere_config"])
     strategy = settings.config.replay_strategy
     require(settings.active, "gere_config.replay_strategy", "a strategy with an anchor", strategy)
     return settings

@@ -92,12 +92,12 @@ def load_model(name: str, dtype: str | None, device: torch.device) -> Any:
     return model if getattr(model, "is_quantized", False) else model.to(device)
 
 
-def load_tokenizer(name: str, pad_token: str | None) -> Any:
+def load_tokenizer(name: str, pad_token: str | None = None) -> Any:
     """Load a tokenizer.
 
     Args:
         name: Folder or hub name.
-        pad_token: Padding token to set, one of the vocabulary.
+        pad_token: Padding token to set, one of the vocabulary; `None` leaves it as it is.
 
     Raises:
         ConfigError: If it cannot be loaded.

@@ -1,4 +1,4 @@
-"""What is in a set of replay texts, in a few lines."""
+"""Statistics of replay texts: lengths, repeats, loops and sources."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Record(NamedTuple):
 
 
 def sources_of(name: str, texts: Sequence[str]) -> list[str]:
-    """Source of each text: the field `source` of the records of a file, where all have one, else the file or source.
+    """Name the source of each text: the field `source` of its record if all records of the file have one, else `name`.
 
     Args:
-        name: As given on the command line.
-        texts: The first texts of it.
+        name: Source of the command line.
+        texts: Its first texts.
     """
     path = Path(name)
     if path.suffix in SUFFIXES and path.is_file():
@@ -35,13 +35,14 @@ def sources_of(name: str, texts: Sequence[str]) -> list[str]:
             named = read_file(path, "source")[: len(texts)]
         except ReplaySetError:
             named = []
+        # A file of bare strings gives these for any column.
         if named and all(isinstance(source, str) and source for source in named) and named != list(texts):
             return named
     return [name] * len(texts)
 
 
 def without_repeats(records: Sequence[Record]) -> list[Record]:
-    """The records without those whose text came before."""
+    """Drop the records whose text came before."""
     first: dict[str, Record] = {}
     for record in records:
         first.setdefault(record.text, record)
@@ -52,12 +53,12 @@ def describe(records: Sequence[Record], tokenizer: Any, config: GeReConfig) -> s
     """Report on texts.
 
     Args:
-        records: The texts, repeats among them.
-        tokenizer: Counts the tokens; `None` for no counts.
-        config: `max_length` and `add_bos` of it.
+        records: The texts, with their repeats.
+        tokenizer: Tokenizer to count tokens; `None` counts words.
+        config: Settings, of which `max_length` and `add_bos` matter.
 
     Returns:
-        Lines of a name and a value.
+        Lines, each a name and a value.
     """
     texts = [record.text for record in records]
     near = len(texts) - len(set(map(caseless, texts)))

@@ -1,4 +1,4 @@
-"""The matrix of a sequence: what is known of task j after task i, on disk whole or not at all."""
+"""The matrix of a sequence: accuracy on task j after task i."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MATRIX_FILE = "matrix.json"
 
 @dataclasses.dataclass
 class Matrix:
-    """What was measured so far.
+    """Measurements of a sequence so far.
 
     Attributes:
         tasks: Names of the T tasks.
-        accuracy: Row i holds the accuracy on each task after task i; in multi-task mode one row, after all.
-        invalid: Shares of answers that are no label, likewise.
-        before: Accuracy of the untouched model on each task; `None` where that is not measured.
+        accuracy: Row i holds the accuracy on each task after task i. In multi-task mode there is one row, after all.
+        invalid: Shares of answers that are no label, in the same rows.
+        before: Accuracy of the base model on each task; `None` if it was not evaluated.
         before_invalid: Shares of its answers that are no label.
         general: Measurements of general ability, before training and after each task.
     """
@@ -42,13 +42,16 @@ class Matrix:
         self.general.append(general)
 
     def begin(self, scores: list[Scores] | None, general: dict[str, float]) -> None:
-        """Set what the untouched model has."""
-        self.before = [None] * len(self.tasks) if scores is None else [one.accuracy for one in scores]
-        self.before_invalid = [None] * len(self.tasks) if scores is None else [one.invalid for one in scores]
+        """Set the measurements of the base model; `None` if it was not evaluated on the tasks."""
+        self.before = [None] * len(self.tasks)
+        self.before_invalid = [None] * len(self.tasks)
+        if scores is not None:
+            self.before = [one.accuracy for one in scores]
+            self.before_invalid = [one.invalid for one in scores]
         self.general = [general]
 
     def write(self, folder: Path) -> None:
-        """Write it as `matrix.json`.
+        """Write `matrix.json`, whole or not at all.
 
         Raises:
             CacheFolderError: If the folder cannot be written.
@@ -57,7 +60,7 @@ class Matrix:
 
 
 def read_matrix(folder: Path) -> Matrix | None:
-    """The matrix of a run folder; `None` if there is none yet.
+    """Read the matrix of a run folder; `None` if there is none yet.
 
     Raises:
         ConfigError: If it cannot be read.
@@ -76,5 +79,5 @@ def read_matrix(folder: Path) -> Matrix | None:
             where=path,
             expected=f"a JSON object of format {FORMAT}",
             found=f"{type(error).__name__}: {error}",
-            fix="Restore the file, or begin in another folder.",
+            fix="Restore the file, or start in another folder.",
         ) from error

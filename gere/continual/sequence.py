@@ -1,4 +1,4 @@
-"""One model over a sequence of tasks: train, evaluate all tasks, note it, go on; or go on where a kill left it."""
+"""One model over a sequence of tasks: train one, evaluate all, and resume where a kill left it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from filelock import FileLock, Timeout
 from transformers import set_seed
 
 from gere._files import file_sha256, make_folder
-from gere.ability import GeneralAbilityCallback
 from gere.config import require
 from gere.continual.answers import Scores, greedy_answers, likeliest_answers, score
 from gere.continual.folder import RunFolder
@@ -31,6 +30,7 @@ from gere.continual.trainers import (
     training_arguments,
 )
 from gere.errors import ConfigError
+from gere.evaluation.callback import GeneralAbilityCallback
 from gere.evaluation.general import general_loss
 from gere.replay.texts import read_file
 
@@ -47,20 +47,20 @@ def run(
 ) -> Matrix:
     """Train one model over tasks, and evaluate all tasks after each.
 
-    Call it again with the same settings to go on after a kill; a finished sequence gives its matrix.
+    Call it again with the same settings to resume after a kill. A finished sequence returns its matrix at once.
 
     Args:
-        settings: What to do; a mapping has the names of `SequenceSettings`.
-        make_trainer: Makes the trainer of a task from `(model, tokenizer, train_rows, args, **settings)`, in place of
-            what `trainer` names.
-        measure: Measures general ability of `(model, tokenizer)`, in addition to what `general` and `ability` name.
+        settings: The settings, or a mapping with the names of `SequenceSettings`.
+        make_trainer: Makes the trainer of a task from `(model, tokenizer, train_rows, args, **settings)`; by default
+            the factory that `trainer` names.
+        measure: Measures general ability of `(model, tokenizer)`, beside what `general` and `ability` name.
 
     Returns:
         The matrix, as it stands in `matrix.json`.
 
     Raises:
         ConfigError: If a setting cannot be used, or the run folder belongs to another sequence.
-        GeReError: Whatever the trainer refuses.
+        GeReError: As the trainer.
     """
     if not isinstance(settings, SequenceSettings):
         settings = settings_of(settings, "settings")
@@ -72,22 +72,19 @@ def run(
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Hold a run folder, which the system lets go of when the process ends or is killed."""
-    lock = FileLock(out / ".lock")
+    """Keep other processes out of a run folder. The system releases the lock of a killed process."""
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(out / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
             "The run folder is in use.",
             where=out,
             expected="one process at a time",
-            found="another one that is training there",
+            found="another process that trains there",
             fix="Wait for it, or set out to another folder.",
         ) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 class _Sequence:
@@ -107,6 +104,7 @@ class _Sequence:
 
     def run(self) -> Matrix:
         """Do what is left to do."""
+        # Refuse bad settings of all tasks now, not after hours of the first one.
         training_arguments(self._settings, self._folder.task(0))
         factory_settings(self._settings, self._folder.path)
         longest = max(self._most_new(task) for task in self._tasks)
@@ -126,7 +124,7 @@ class _Sequence:
         return self._matrix
 
     def _content(self) -> dict[str, Any]:
-        """What tells this sequence from another one."""
+        """Collect what tells this sequence from others."""
         settings = dataclasses.asdict(self._settings)
         name = settings.pop("name") or self._folder.path.resolve().name
         files = [path for task in self._tasks for path in task.files]
@@ -139,10 +137,10 @@ class _Sequence:
         }
 
     def _train(self, index: int) -> None:
-        """Train a task from its last checkpoint, or from the model before it, and keep the result."""
+        """Train a task from its last checkpoint, or from the model of the task before it, and keep the model."""
         folder = self._folder.task(index)
         args = training_arguments(self._settings, folder, index)
-        set_seed(self._settings.seed)
+        set_seed(self._settings.seed)  # a new adapter is random
         model = load_model(self._settings, self._folder.model(index - 1))
         most = self._settings.max_length
         tasks = self._tasks if self._settings.mode == MULTITASK else [self._tasks[index]]
@@ -154,25 +152,25 @@ class _Sequence:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_state()
         self._folder.keep(index, trainer.save_model)
+        # Trainer and model refer to each other, and the next model needs the memory of the GPU.
         del trainer, model
         gc.collect()
 
     def _evaluate(self, index: int | None) -> None:
-        """Evaluate the saved model of a task, or the untouched one, and write the matrix.
-
-        It is always loaded anew, so that a resumed run evaluates the very same.
-        """
+        """Evaluate the saved model of a task, or for `None` the base model, and write the matrix."""
         settings = self._settings
         device = training_arguments(settings, self._folder.path).device
         set_seed(settings.seed)
+        # Loaded from disk even after a training, so that a resumed run evaluates the very same model.
         model = load_model(settings, None if index is None else self._folder.model(index)).to(device)
-        scores = [self._score(model, task) for task in self._tasks] if index is not None or settings.before else None
-        general = self._general(model)
-        if index is None or scores is None:
-            self._matrix.begin(scores, general)
+        if index is not None:
+            self._matrix.add(self._scores(model), self._general(model))
         else:
-            self._matrix.add(scores, general)
+            self._matrix.begin(self._scores(model) if settings.before else None, self._general(model))
         self._matrix.write(self._folder.path)
+
+    def _scores(self, model: Any) -> list[Scores]:
+        return [self._score(model, task) for task in self._tasks]
 
     def _score(self, model: Any, task: Task) -> Scores:
         settings, tokenizer = self._settings, self._tokenizer
@@ -189,22 +187,21 @@ class _Sequence:
         return scores
 
     def _most_new(self, task: Task) -> int:
-        """Tokens of the longest label and the one that ends it."""
+        """Tokens of the longest label, and the one that ends it."""
         return max(len(answer_ids(self._tokenizer, label)) for label in task.labels) + 1
 
     def _general(self, model: Any) -> dict[str, float]:
         found: dict[str, float] = {}
         if self._texts:
-            found["general/loss"] = general_loss(
-                model, self._tokenizer, self._texts, max_length=self._settings.max_length
-            )
+            most = self._settings.max_length
+            found["general/loss"] = general_loss(model, self._tokenizer, self._texts, max_length=most)
         for measure in self._measures:
             found |= measure(model, self._tokenizer)
         return found
 
 
 def _ability(settings: SequenceSettings) -> Measure | None:
-    """What the section `ability` asks for."""
+    """Make the measure that the section `ability` asks for."""
     known = [name for name in inspect.signature(GeneralAbilityCallback).parameters if name != "texts"]
     for name in settings.ability:
         require_name(name, known, "ability")
@@ -212,5 +209,7 @@ def _ability(settings: SequenceSettings) -> Measure | None:
 
 
 def _texts(path: Path, size: int | None) -> list[str]:
-    """General texts of a file, by the rules of replay files."""
-    return [str(text) for text in read_file(path, "text")[:size]]
+    """Read general texts from a file, by the rules of replay files."""
+    texts = read_file(path, "text")[:size]
+    require(None not in texts, "general", f"a text in each record of {path}", None)
+    return [str(text) for text in texts]

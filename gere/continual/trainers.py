@@ -1,4 +1,4 @@
-"""Models and trainers of a sequence: from the base or a saved task, plain, with replay, or by a user's own factory."""
+"""Models and trainers of a sequence: loaded from the base or a saved task; plain, with replay, or the user's own."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ DEFAULTS: Mapping[str, Any] = {"report_to": [], "disable_tqdm": True, "logging_s
 
 
 def plain_trainer(model: Any, tokenizer: Any, train_rows: Sequence[Any], args: Any, **settings: Any) -> Trainer:
-    """The plain `Trainer` over encoded rows."""
+    """Make the plain `Trainer` over encoded rows."""
     return Trainer(**_shared(model, tokenizer, train_rows, args), **settings)
 
 
 def gere_trainer(model: Any, tokenizer: Any, train_rows: Sequence[Any], args: Any, **settings: Any) -> Trainer:
-    """`GeReTrainer` over encoded rows, `settings` being its replay arguments."""
+    """Make a `GeReTrainer` over encoded rows; `settings` are its replay arguments."""
     return GeReTrainer(**_shared(model, tokenizer, train_rows, args), **settings)
 
 
@@ -42,10 +42,10 @@ def _shared(model: Any, tokenizer: Any, train_rows: Sequence[Any], args: Any) ->
 
 
 def factory_of(settings: SequenceSettings) -> TrainerFactory:
-    """The factory that `trainer` names.
+    """Find the factory that `trainer` names.
 
     Raises:
-        ConfigError: If a module or function of a user's own cannot be imported.
+        ConfigError: If the user's own module or function cannot be imported.
     """
     known = {"plain": plain_trainer, "gere": gere_trainer}
     if settings.trainer in known:
@@ -57,18 +57,18 @@ def factory_of(settings: SequenceSettings) -> TrainerFactory:
         raise ConfigError(
             "The trainer factory cannot be imported.",
             where="trainer",
-            expected="module:function of a module on the path of Python",
+            expected="module:function of a module that Python can import",
             found=f"{settings.trainer!r}: {type(error).__name__}: {error}",
             fix="Correct the name; for a module in this folder, start with PYTHONPATH=. before the command.",
         ) from error
 
 
 def factory_settings(settings: SequenceSettings, out: Path) -> dict[str, Any]:
-    """Keyword arguments of the factory: those of replay, the anchor in the run folder by default, and the user's.
+    """Collect the keyword arguments of the factory: those of the section `gere`, and those of `settings`.
 
     Args:
         settings: Settings of the sequence.
-        out: Run folder.
+        out: Run folder, where the anchor is by default.
 
     Raises:
         ConfigError: If a replay setting is unknown or cannot be used.
@@ -83,19 +83,16 @@ def factory_settings(settings: SequenceSettings, out: Path) -> dict[str, Any]:
 
 
 def training_arguments(settings: SequenceSettings, folder: Path, task: int = 0) -> TrainingArguments:
-    """Arguments of the training of one task.
-
-    Each task has an order of rows of its own: with one order for all, every task would replay the same first rows of
-    the replay set, and the model would learn these by heart.
+    """Make the `TrainingArguments` of one task.
 
     Args:
         settings: Settings of the sequence.
-        folder: Where its checkpoints go.
+        folder: Folder of its checkpoints.
         task: Index of the task.
 
     Raises:
         ConfigError: If a name is unknown or belongs to the sequence, or a value cannot be used.
-        UnsupportedSettingError: If training would run in several processes or on several GPUs at once.
+        UnsupportedSettingError: If training would run in several processes or on several GPUs.
     """
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     for name in settings.training:
@@ -105,7 +102,10 @@ def training_arguments(settings: SequenceSettings, folder: Path, task: int = 0) 
     given = {name: _as_number(name, value) for name, value in settings.training.items()}
     saves = {"save_strategy": "steps" if "save_steps" in given else "no"}
     base = given.get("data_seed")
-    seeds = {"seed": settings.seed, "data_seed": order_seed(settings.seed if base is None else base, task)}
+    if base is None:
+        base = settings.seed
+    # With one order for all tasks, each would replay the same first rows, and the model would learn these by heart.
+    seeds = {"seed": settings.seed, "data_seed": order_seed(base, task)}
     try:
         args = TrainingArguments(output_dir=str(folder), **{**DEFAULTS, **saves, **given, **seeds})
     except (TypeError, ValueError) as error:
@@ -121,18 +121,18 @@ def training_arguments(settings: SequenceSettings, folder: Path, task: int = 0) 
             where="the launcher, or CUDA_VISIBLE_DEVICES",
             expected="one process that sees one GPU at most",
             found=f"{args.world_size} processes, {args.n_gpu} GPUs",
-            fix="Start `gere sequence` without a launcher, with CUDA_VISIBLE_DEVICES=0; other seeds on other GPUs.",
+            fix="Start `gere sequence` without a launcher and with CUDA_VISIBLE_DEVICES=0; other seeds on other GPUs.",
         )
     return args
 
 
 def order_seed(seed: int, task: int) -> int:
-    """Seed of the order of rows in a task, 32 bits; no two tasks or seeds have orders that are related."""
+    """Seed of the order of rows in a task, 32 bits. Neighbouring seeds and tasks get unrelated orders."""
     return int(np.random.SeedSequence([seed, task]).generate_state(1)[0])
 
 
 def _as_number(name: str, value: Any) -> Any:
-    """YAML reads 1e-4 as text."""
+    """Read a number that YAML takes for text, such as 1e-4."""
     if isinstance(value, str) and get_type_hints(TrainingArguments).get(name) is float:
         try:
             return float(value)
@@ -142,11 +142,11 @@ def _as_number(name: str, value: Any) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer of a model; where it has no padding token, the one that ends a text takes its place.
+    """Load the tokenizer of a model. If it has no padding token, its EOS token pads.
 
     Raises:
-        ConfigError: If there is none of this name.
-        TokenizerError: If nothing ends a text.
+        ConfigError: If it cannot be loaded.
+        TokenizerError: If it has no EOS token.
     """
     tokenizer = _loaded(name, lambda: AutoTokenizer.from_pretrained(name))
     if tokenizer.eos_token_id is None:
@@ -162,28 +162,28 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(settings: SequenceSettings, saved: Path | None) -> Any:
-    """Load the base model, or what the last task left of it.
+    """Load the base model, or the model after a task.
 
     Args:
         settings: Settings of the sequence.
-        saved: Folder of the last task's model, with LoRA of its adapter; `None` for the base.
+        saved: Folder of that model, or with LoRA of its adapter; `None` for the base.
 
     Raises:
         ConfigError: If a model cannot be loaded, or a setting of LoRA cannot be used.
     """
-    lora = settings.lora is not None
-    name = settings.model if saved is None or lora else str(saved)
+    # The adapter of a task lies on the base, which never moves.
+    name = settings.model if saved is None or settings.lora is not None else str(saved)
     model: Any = _loaded(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=settings.dtype))
     most = getattr(model.config, "max_position_embeddings", None) or settings.max_length
     require(settings.max_length <= most, "max_length", f"at most {most}, which the model has", settings.max_length)
-    if not lora:
+    if settings.lora is None:
         return model
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if saved is not None:
         return PeftModel.from_pretrained(model, str(saved), is_trainable=True)
     try:
-        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **dict(settings.lora or {})}))
+        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings.lora}))
     except (TypeError, ValueError) as error:
         raise ConfigError(
             "The adapter cannot be made.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gere.config import require
 from gere.errors import QuestionError, TokenizerError
-from gere.evaluation.general import evaluating
+from gere.evaluation.general import row_values
 from gere.evaluation.questions import Question
 from gere.model.batching import pad_rows
 from gere.ranks import ALONE, Ranks
@@ -39,7 +39,7 @@ class ChoiceScore(NamedTuple):
 
 
 def score_of(right: float, rows: int) -> ChoiceScore:
-    """Score of so many right answers."""
+    """Accuracy and its standard error, of the number of right answers."""
     share = right / rows
     return ChoiceScore(share, math.sqrt(share * (1 - share) / rows), rows)
 
@@ -73,7 +73,7 @@ def choice_accuracy(
         tokenizer: Its tokenizer; unchanged.
         questions: The questions.
         normalization: What the log-likelihood of an option is divided by: its characters without the space before it
-            (`acc_norm` of lm-evaluation-harness), its tokens, or nothing.
+            (`acc_norm` of lm-evaluation-harness), its tokens, or nothing (`acc`).
         batch_size: Options of one forward pass.
         max_length: Tokens of context and option that are read; a longer context loses its beginning.
         ranks: The processes that share the work; each must call this and gets the same result.
@@ -83,6 +83,7 @@ def choice_accuracy(
         question counts as wrong.
 
     Raises:
+        ConfigError: If an argument cannot be used.
         QuestionError: If there is no question.
         TokenizerError: If a context is empty and the tokenizer has neither BOS nor EOS.
     """
@@ -95,10 +96,7 @@ def choice_accuracy(
         max_length=max_length,
         ranks=ranks,
     )
-    right = sum(
-        not any(map(math.isnan, row)) and row.index(max(row)) == question.answer
-        for row, question in zip(scores, questions, strict=True)
-    )
+    right = sum(_is_right(row, question.answer) for row, question in zip(scores, questions, strict=True))
     return score_of(right, len(questions))
 
 
@@ -118,22 +116,13 @@ def option_scores(
     if not questions:
         raise QuestionError("There are no questions.", where="questions", expected="at least one", found="none")
     rows = encode(tokenizer, questions, max_length)
-    # The longest first, so that a batch that does not fit is known at once.
+    # The longest first: if a batch does not fit into memory, it is the first one.
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-    def measure() -> dict[int, float]:
-        found: dict[int, float] = {}
-        for batch in ranks.share(batches):
-            found.update(zip(batch, log_likelihoods(model, [rows[row] for row in batch]), strict=True))
-        return found
-
-    with evaluating(model):
-        found = {row: value for part in ranks.ask(measure) for row, value in part.items()}
-    values = iter(
-        found[row] / _length(rows[row], option, normalization) for row, option in enumerate(_options(questions))
-    )
-    return [[next(values) for _ in question.options] for question in questions]
+    found = row_values(log_likelihoods, model, rows, batches, ranks)
+    lengths = [_length(*pair, normalization) for pair in zip(rows, _options(questions), strict=True)]
+    values = iter(value / length for value, length in zip(found, lengths, strict=True))
+    return [list(islice(values, len(question.options))) for question in questions]
 
 
 def require_normalization(rule: object) -> None:
@@ -152,12 +141,12 @@ def encode(tokenizer: Any, questions: Sequence[Question], max_length: int) -> li
     """Tokenise each context together with each of its options.
 
     A space stands between them unless one is there. The option begins at the first token that the context alone does
-    not have, so that a token that spans the border belongs to the option.
+    not have: a token that spans the border belongs to the option.
 
     Args:
         tokenizer: The tokenizer, with its own rule for BOS.
         questions: The questions.
-        max_length: Tokens that are kept, the last ones; the first one of them is never of the option.
+        max_length: Tokens that are kept, the last ones; the first of them never belongs to the option.
 
     Returns:
         Rows of all options of the first question, then of the second.
@@ -167,15 +156,24 @@ def encode(tokenizer: Any, questions: Sequence[Question], max_length: int) -> li
     texts = [_text(*pair) for pair in zip(contexts, _options(questions), strict=True)]
     once = list(dict.fromkeys(contexts))
     alone = dict(zip(once, private(once, verbose=False)["input_ids"], strict=True))
-    rows = []
-    for context, whole in zip(contexts, private(texts, verbose=False)["input_ids"], strict=True):
-        ids, begin = list(whole), alone[context]
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, begin, strict=False)))
-        if shared == 0:
-            ids, shared = [_first_token(tokenizer), *ids], 1
-        cut = max(0, len(ids) - max_length)
-        rows.append(Row(ids[cut:], min(max(1, shared - cut), len(ids) - cut - 1)))
-    return rows
+    together = private(texts, verbose=False)["input_ids"]
+    return [_row(tokenizer, alone[context], ids, max_length) for context, ids in zip(contexts, together, strict=True)]
+
+
+def _row(tokenizer: Any, context: Sequence[int], ids: Sequence[int], max_length: int) -> Row:
+    ids = list(ids)
+    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, context, strict=False)))
+    if start == 0:
+        # The model predicts a token from the one before it, so the option needs one.
+        ids, start = [_first_token(tokenizer), *ids], 1
+    cut = max(0, len(ids) - max_length)
+    # One token stays on each side of the border, however long the option is, and if it has no token of its own.
+    return Row(ids[cut:], min(max(1, start - cut), len(ids) - cut - 1))
+
+
+def _is_right(scores: Sequence[float], answer: int) -> bool:
+    # `max` of values with NaN depends on their order.
+    return not any(map(math.isnan, scores)) and scores.index(max(scores)) == answer
 
 
 def _text(context: str, option: str) -> str:
@@ -196,7 +194,7 @@ def _first_token(tokenizer: Any) -> int:
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
         raise TokenizerError(
-            "A question has no context, and there is no token that its options could come after.",
+            "A question has no context, and there is no token that its options could follow.",
             where="tokenizer",
             expected="a bos_token or an eos_token",
             found="neither",
@@ -218,6 +216,7 @@ def log_likelihoods(model: nn.Module, rows: Sequence[Row]) -> list[float]:
     device = next(model.parameters()).device
     batch = {name: values.to(device) for name, values in pad_rows([row.ids for row in rows], 0).items()}
     width = batch["input_ids"].shape[1]
+    # Most logits are those of the contexts, which no option needs.
     needed = width - min(row.start for row in rows) + 1
     keep = {"logits_to_keep": needed} if _keeps_logits(model) else {}
     logits = model(**batch, use_cache=False, **keep).logits
@@ -232,11 +231,12 @@ def log_likelihoods(model: nn.Module, rows: Sequence[Row]) -> list[float]:
 
 
 def _losses(logits: Tensor, where: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of some tokens, so that few of them need all of the vocabulary in float32 at one time."""
+    """Cross-entropy of a few tokens: float32 values of all of them over the vocabulary take too much memory."""
     return F.cross_entropy(logits[where[:, 0], where[:, 1]].float(), targets, reduction="none")
 
 
 def _keeps_logits(model: Any) -> bool:
-    """Whether the model can leave out the logits of the context, which are most of them."""
+    """Whether the model can leave out the logits of the first tokens."""
+    # PEFT's own `forward` takes any argument by **kwargs.
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from gere.errors import ReplaySetError
 from gere.losses.cross_entropy import next_token_ce
 from gere.model.batching import batches_by_length, pad_rows
+from gere.model.forward import evaluating
 from gere.ranks import ALONE, Ranks
+from gere.replay.rows import private_copy
 
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without gradients and dropout; afterwards every module has the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+R = TypeVar("R")
 
 
 def general_loss(
@@ -54,8 +42,9 @@ def general_loss(
     Raises:
         ReplaySetError: If no text has two tokens.
     """
+    # A string is a sequence too: each of its letters would count as a text.
     usable = [] if isinstance(texts, str) else list(texts)
-    encoded = copy.deepcopy(tokenizer)(usable, verbose=False)["input_ids"] if usable else []
+    encoded = private_copy(tokenizer)(usable, verbose=False)["input_ids"] if usable else []
     rows = [row for row in (list(ids)[:max_length] for ids in encoded) if len(row) > 1]
     if not rows:
         raise ReplaySetError(
@@ -65,19 +54,43 @@ def general_loss(
             found="one string" if isinstance(texts, str) else f"{len(texts)} texts, none of two tokens",
             fix="Give held-out general texts.",
         )
+    losses = row_values(_loss_sums, model, rows, list(batches_by_length(rows, batch_tokens)), ranks)
+    return sum(losses) / sum(len(row) - 1 for row in rows)
 
-    def measure() -> dict[int, float]:
+
+def row_values(
+    measure: Callable[[nn.Module, list[R]], list[float]],
+    model: nn.Module,
+    rows: Sequence[R],
+    batches: Sequence[list[int]],
+    ranks: Ranks,
+) -> list[float]:
+    """Measure rows in batches that the processes share.
+
+    Args:
+        measure: Gives a value for each row of a batch, by one call of the model.
+        model: The model; it is called in evaluation mode and without gradients.
+        rows: The rows, the same on every process.
+        batches: Numbers of the rows of each batch.
+        ranks: The processes that share the batches.
+
+    Returns:
+        The value of each row, on every process.
+    """
+
+    def own() -> dict[int, float]:
         found: dict[int, float] = {}
-        for batch in ranks.share(list(batches_by_length(rows, batch_tokens))):
-            found.update(zip(batch, _sums(model, [rows[row] for row in batch]), strict=True))
+        for batch in ranks.share(batches):
+            found.update(zip(batch, measure(model, [rows[row] for row in batch]), strict=True))
         return found
 
     with evaluating(model):
-        found = {row: value for part in ranks.ask(measure) for row, value in part.items()}
-    return sum(found[row] for row in range(len(rows))) / sum(len(row) - 1 for row in rows)
+        found = {row: value for part in ranks.ask(own) for row, value in part.items()}
+    # In the order of the rows, so that a sum does not depend on the number of processes.
+    return [found[row] for row in range(len(rows))]
 
 
-def _sums(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[float]:
+def _loss_sums(model: nn.Module, rows: list[list[int]]) -> list[float]:
     """Loss of each row, summed over its tokens."""
     device = next(model.parameters()).device
     batch = {name: values.to(device) for name, values in pad_rows(rows, 0).items()}

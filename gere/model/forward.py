@@ -20,6 +20,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     # `model.train()` would also wake modules that the user keeps in eval mode.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module, _ in modes:
+        if _compat.repacks_in_eval_mode(module):
+            module.training = True
     try:
         with torch.no_grad():
             yield

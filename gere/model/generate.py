@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from gere.model.adapters import base_module
 
@@ -21,8 +21,7 @@ def generate(
     max_new_tokens: int,
     stops: set[int],
     sampling: Mapping[str, Any] | None = None,
-    stop_strings: Sequence[str] = (),
-    tokenizer: Any = None,
+    criteria: Sequence[StoppingCriteria] = (),
 ) -> list[list[int]]:
     """Continue each context.
 
@@ -33,8 +32,7 @@ def generate(
         max_new_tokens: Largest number of new tokens.
         stops: Tokens that end a text.
         sampling: `temperature`, `top_p` and `top_k`; `None` takes the likeliest token each time.
-        stop_strings: Texts that end a row as soon as it contains one of them.
-        tokenizer: The tokenizer, which `stop_strings` need.
+        criteria: What else ends a row.
 
     Returns:
         The new token ids of each row. A row that was ended by one of `stops` has it as its last token.
@@ -49,7 +47,6 @@ def generate(
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_id,
         eos_token_id=sorted(stops) or None,
-        stop_strings=list(stop_strings) or None,
     )
     device = causal.get_input_embeddings().weight.device
     # What the settings of a call leave open is taken from the model's own, so those are replaced, too.
@@ -59,7 +56,7 @@ def generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=settings,
-            tokenizer=tokenizer if stop_strings else None,
+            stopping_criteria=StoppingCriteriaList(criteria),
         )
     finally:
         causal.generation_config = kept

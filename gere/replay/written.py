@@ -1,6 +1,6 @@
 """Texts that the base model writes for its own replay: sampled once, before it is trained, and kept in a file.
 
-The file is `replay-self-KEY.jsonl` beside the anchors. Its key follows from the weights of the base model, the tokenizer and the
+The file is `replay-self-KEY.jsonl` beside the anchors. Its key follows from the base model, the tokenizer and the
 settings of the sampling, so that a fine-tuned model finds the texts of its base.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,10 @@ from torch import nn
 from tqdm import tqdm
 
 from gere._files import canonical_json, make_folder, read_lines, sha256, write_atomic
-from gere.cache.fingerprint import weights_digest
+from gere.cache.fingerprint import architecture_digest, weights_digest
 from gere.config import GeReConfig
 from gere.errors import (
+    CacheCorruptError,
     CacheMissingError,
     ReplaySetError,
     TokenizerError,
@@ -60,14 +62,15 @@ def own_texts(
         tokenizer: The user's tokenizer.
         config: Number, length and sampling.
         folder: Where the texts are kept.
-        base_weights: Digest of the weights of the base model, for a model that was fine-tuned since; `None` if the model
-            is its own base.
+        base_weights: Digest of the weights of the base model, for a model that was fine-tuned since; `None` if the
+            model is its own base.
         ranks: All processes; each must call this.
         progress: Show a progress bar.
 
     Raises:
         CacheMissingError: If the model was fine-tuned and the texts of its base are not in the folder.
-        ReplaySetError: If the model gives too few usable texts, or the file cannot be read.
+        CacheCorruptError: If the file of the texts is damaged.
+        ReplaySetError: If the model gives too few usable texts.
         UnsupportedSettingError: If the weights are spread over processes.
         TokenizerError: If the tokenizer lacks what a text begins with.
         UnsupportedModelError: If the model cannot generate.
@@ -75,21 +78,23 @@ def own_texts(
         RankFailedError: If another process failed.
     """
     ranks.together(lambda: _require_usable(model, tokenizer, config))
-    weights = base_weights or weights_digest(model, ranks)
-    path = folder / f"replay-self-{_key(tokenizer, config, weights)}.jsonl"
-    kept = [texts for texts in ranks.ask(lambda: _read(path)) if texts]
+    # Fine-tuning moves the weights and leaves the architecture.
+    base = f"{architecture_digest(model)} {base_weights or weights_digest(model, ranks)}"
+    path = folder / f"replay-self-{_key(tokenizer, config, base)}.jsonl"
+    # Machines may have disks of their own, and the texts on one of them.
+    kept = [texts for texts in ranks.ask(lambda: _read(path, config) if ranks.first_here else None) if texts]
     if kept:
         return kept[0]
     if base_weights is not None:
+        others = sorted(other.name for other in folder.glob("replay-self-*.jsonl"))
         raise CacheMissingError(
-            "The texts that the base model wrote for this run are not in the cache folder, and a fine-tuned model must "
-            "not write them again.",
+            "The texts that the base model wrote for this run are not in the cache folder, and a fine-tuned model "
+            "must not write them again.",
             where=folder,
             expected=path.name,
-            found=", ".join(sorted(other.name for other in folder.glob("replay-self-*.jsonl")))
-            or "no texts of a model",
-            fix="Copy the file from the folder of the first run, restore the settings of the sampling, or make it again "
-            "by one step from the base model with the same settings.",
+            found=", ".join(others) or "no texts of a model",
+            fix="Restore the settings of the sampling, copy the file from the folder of the first run, or make it "
+            "again by one step from the base model with the same settings.",
         )
     sampler = ranks.together(lambda: TextSampler(model, tokenizer, config))
     sieve = draw(sampler.batch, _size(config), ranks, progress=progress)
@@ -99,15 +104,15 @@ def own_texts(
     return sieve.texts
 
 
-def _key(tokenizer: Any, config: GeReConfig, weights: str) -> str:
-    """What the texts follow from, as 16 hexadecimal digits."""
+def _key(tokenizer: Any, config: GeReConfig, base: str) -> str:
+    """Digest of all that the texts follow from, 16 hexadecimal digits."""
     chat = prompt_of(tokenizer, config) == "chat"
     content = {
         "method": METHOD,
-        "weights": weights,
+        "base": base,
         "tokenizer": tokenizer_digest(tokenizer),
         "begins_with_bos": adds_bos(private_copy(tokenizer), config),
-        "chat_template": str(tokenizer.chat_template) if chat else "",
+        "chat_template": str(getattr(tokenizer, "chat_template", None)) if chat else "",
         "size": _size(config),
         "max_length": config.max_length,
         "temperature": config.self_temperature,
@@ -122,19 +127,24 @@ def _size(config: GeReConfig) -> int:
     return config.replay_size or HUB_SIZE
 
 
-def _read(path: Path) -> list[str]:
+def _read(path: Path, config: GeReConfig) -> list[str] | None:
+    """Texts of a file; `None` if it is not there."""
     if not path.is_file():
-        return []
+        return None
     try:
-        return [str(record["text"]) for record in read_lines(path)]
+        texts: list[str] = [record["text"] for record in read_lines(path)]
+        # Other damage is found by the anchor, which knows the digest of its texts.
+        if len(texts) != _size(config):
+            raise ValueError(f"{len(texts)} texts")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ReplaySetError(
-            "The replay texts of the base model cannot be read.",
+        raise CacheCorruptError(
+            "The replay texts of the base model are damaged.",
             where=path,
-            expected="a JSON object with the key 'text' on each line",
+            expected=f"{_size(config)} lines, each a JSON object with the key 'text'",
             found=f"{type(error).__name__}: {error}",
-            fix="Restore the file; or delete it, and start again from the base model, which writes the texts again.",
+            fix="Restore the file; or delete it, and start from the base model, which writes the same texts again.",
         ) from error
+    return texts
 
 
 def _keep(path: Path, texts: Sequence[str]) -> None:
@@ -143,7 +153,7 @@ def _keep(path: Path, texts: Sequence[str]) -> None:
 
 
 def text_lines(texts: Sequence[str], sources: Sequence[str]) -> bytes:
-    """Texts as a .jsonl file, each with its source."""
+    """Write texts as lines of JSON, each with its source."""
     records = [{"text": text, "source": source} for text, source in zip(texts, sources, strict=True)]
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     return "".join(lines).encode("utf-8", "surrogatepass")
@@ -163,12 +173,11 @@ def _require_usable(model: nn.Module, tokenizer: Any, config: GeReConfig) -> Non
 
 
 class Sample(NamedTuple):
-    """A text as the model gave it.
+    """One sampled text.
 
     Attributes:
         text: The text.
-        parts: The tokens that were sampled for it, without those that end a text: one part, or the user's message
-            and the answer.
+        parts: Its sampled token ids, without those that end a text: one part, or the user's message and the answer.
     """
 
     text: str
@@ -182,9 +191,9 @@ class Sieve:
         wanted: Texts to keep.
 
     Attributes:
-        texts: What was kept.
+        texts: The kept texts.
         counts: Samples that were `drawn`, and those that were dropped: `too_short` (without text, under 8 tokens, or
-            with an empty part), `loops` (see `is_loop`), `duplicates` (of a kept text, but for case and spaces).
+            with an empty part), `loops` (see `is_loop`), `duplicates` (of a kept text, by `caseless`).
     """
 
     def __init__(self, wanted: int) -> None:
@@ -194,11 +203,11 @@ class Sieve:
 
     @property
     def full(self) -> bool:
-        """Whether enough was kept."""
+        """Whether enough texts are kept."""
         return len(self.texts) >= self.counts["asked"]
 
     def add(self, samples: Iterable[Sample]) -> None:
-        """Look at samples until enough is kept."""
+        """Look at samples until enough are kept."""
         for sample in samples:
             if self.full:
                 return
@@ -219,13 +228,13 @@ class Sieve:
         return "duplicates" if caseless(text) in self._seen else None
 
     def __str__(self) -> str:
-        """What was kept and dropped, for a log or an error."""
+        """Count what was kept and dropped, for a log or an error."""
         dropped = "{too_short} too short, {duplicates} duplicates, {loops} loops".format(**self.counts)
         return f"{len(self.texts)} kept of {self.counts['drawn']} drawn; dropped: {dropped}"
 
 
 def is_loop(tokens: Sequence[Any]) -> bool:
-    """Whether a text repeats itself: under half of its runs of four tokens are different ones.
+    """Tell whether a text repeats itself: under half of its runs of four tokens are different ones.
 
     Args:
         tokens: Tokens, or words. Fewer than four are no loop.
@@ -239,14 +248,17 @@ def is_loop(tokens: Sequence[Any]) -> bool:
 
 
 def caseless(text: str) -> str:
-    """A text without regard to case and spaces, to find duplicates."""
+    """Drop case and runs of spaces from a text, to find duplicates."""
     return " ".join(text.lower().split())
 
 
 def draw(
     batch: Callable[[int], Sequence[Sample]], wanted: int, ranks: Ranks = ALONE, *, progress: bool = False
 ) -> Sieve:
-    """Sample until enough is kept. The ranks share the batches; the order is that of the batch numbers.
+    """Sample until enough texts are kept.
+
+    The ranks share the batches. All of them look at the samples in the order of the batch numbers, so that any number
+    of ranks keeps the same texts.
 
     Args:
         batch: Gives the samples of a batch by its number.
@@ -261,31 +273,35 @@ def draw(
     sieve, number = Sieve(wanted), 0
     with tqdm(total=wanted, desc="replay texts of the base model", disable=not progress) as bar:
         while not sieve.full:
-            mine = number + ranks.index
-            for samples in ranks.ask(lambda mine=mine: batch(mine)):  # type: ignore[misc]
+            for samples in ranks.ask(partial(batch, number + ranks.index)):
                 sieve.add(samples)
-                # Every rank stops at the same batch, whatever their number, so that none waits for another.
+                # After each batch, so that any number of ranks gives up at the same one.
                 if not sieve.full and sieve.counts["drawn"] >= MOST_DRAWS * wanted:
-                    raise ReplaySetError(
-                        "The base model gives too few usable texts.",
-                        where='gere_config.replay_dataset="self"',
-                        expected=f"{wanted} texts (gere_config.replay_size) of at most {MOST_DRAWS * wanted} samples",
-                        found=str(sieve),
-                        fix="Too short: set gere_config.max_length higher, or self_prompt to the other one. Duplicates "
-                        "or loops: set self_temperature or self_top_p higher. Or set replay_size lower.",
-                    )
+                    raise _too_few(sieve)
             number += ranks.count
             bar.update(len(sieve.texts) - bar.n)
     return sieve
 
 
+def _too_few(sieve: Sieve) -> ReplaySetError:
+    wanted = sieve.counts["asked"]
+    return ReplaySetError(
+        "The base model gives too few usable texts.",
+        where='gere_config.replay_dataset="self"',
+        expected=f"{wanted} texts (gere_config.replay_size) of at most {MOST_DRAWS * wanted} samples",
+        found=str(sieve),
+        fix="Too short: set gere_config.max_length higher, or self_prompt to the other one. Duplicates or loops: set "
+        "self_temperature or self_top_p higher. Or set replay_size lower.",
+    )
+
+
 class Dialogue(NamedTuple):
-    """The fixed parts of a conversation of one message and one answer, special tokens as text.
+    """Fixed parts of a conversation of one message and one answer, special tokens as text.
 
     Attributes:
-        opening: What the template writes before the user's message, its own system prompt included.
-        turn: What ends the message and begins the answer.
-        closing: What ends the answer.
+        opening: Text before the user's message, with the template's own system prompt.
+        turn: Text between the message and the answer.
+        closing: Text after the answer.
     """
 
     opening: str
@@ -325,7 +341,7 @@ def _unusable_template(found: str) -> TokenizerError:
 
 
 def prompt_of(tokenizer: Any, config: GeReConfig) -> str:
-    """`"chat"` or `"bos"`: what the base model continues."""
+    """Choose what the base model continues: its chat template (`"chat"`) or its BOS token (`"bos"`)."""
     if config.self_prompt != "auto":
         return config.self_prompt
     return "chat" if getattr(tokenizer, "chat_template", None) else "bos"
@@ -359,7 +375,7 @@ class TextSampler:
         self._require_room()
 
     def batch(self, number: int) -> list[Sample]:
-        """The texts of one batch. They depend on its number alone, not on what was sampled before."""
+        """Sample the texts of one batch. They depend on its number, not on what was sampled before."""
         seed = int(sha256(f"{self._config.self_seed} {number}".encode())[:15], 16)
         causal: Any = base_module(self._model)
         device = causal.get_input_embeddings().weight.device
@@ -371,7 +387,7 @@ class TextSampler:
             return [Sample(self._text(ids, skip_special=True), [ids]) for ids in rows]
 
     def _conversations(self, dialogue: Dialogue, contexts: list[list[int]]) -> list[Sample]:
-        """A message in at most half of the room, then the answer in what is left."""
+        """Sample a message in at most half of the room, then the answer in the rest."""
         room = self._config.max_length - len(self._opening) - len(self._turn)
         messages = [self._message(dialogue, row) for row in self._continue(contexts, room // 2)]
         answers = self._continue([self._opening + ids + self._turn for _, ids in messages])
@@ -386,7 +402,8 @@ class TextSampler:
         return samples
 
     def _message(self, dialogue: Dialogue, row: list[int]) -> tuple[str, list[int]]:
-        """A user's message. Where a template ends it by plain words, the model may have written them itself."""
+        """Text and token ids of a user's message."""
+        # A template may end a message by plain words, which are no token to stop at.
         ids, _ = self._without_stop(row)
         text, end = self._text(ids), dialogue.turn.strip()
         if end and end in text:
@@ -395,29 +412,29 @@ class TextSampler:
         return text, ids
 
     def _continue(self, contexts: Sequence[Sequence[int]], most: int | None = None) -> list[list[int]]:
+        """Continue each context by at most `most` tokens, by default as far as the longest one has room."""
         left = self._config.max_length - max(map(len, contexts))
-        most = left if most is None else most
         return generate(
             self._model,
             contexts,
             pad_id=self._pad_id,
-            max_new_tokens=most,
+            max_new_tokens=most or left,
             stops=self._stops,
             sampling=self._sampling,
         )
 
     def _without_stop(self, row: list[int]) -> tuple[list[int], bool]:
-        """Tokens without the one that ends the text, and whether there was one."""
+        """Drop the token that ends a text, and tell whether there was one."""
         if row and row[-1] in self._stops:
             return row[:-1], True
         return row, False
 
     def _chat(self) -> Dialogue:
-        """The chat template taken apart, without a BOS that the tokenizer adds by itself."""
+        """Split the chat template, without a BOS that the tokenizer adds by itself."""
         dialogue = split_chat_template(self._tokenizer)
-        if not adds_bos(self._tokenizer, self._config):
-            return dialogue
-        return dialogue._replace(opening=dialogue.opening.removeprefix(self._tokenizer.bos_token))
+        if adds_bos(self._tokenizer, self._config):
+            dialogue = dialogue._replace(opening=dialogue.opening.removeprefix(self._tokenizer.bos_token))
+        return dialogue
 
     def _opening_ids(self, text: str) -> list[int]:
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
@@ -435,7 +452,7 @@ class TextSampler:
         return [eos if bos is None else bos]
 
     def _stop_ids(self) -> set[int]:
-        """Tokens that end a text or begin another one, and special ones that end a turn."""
+        """Token ids that end a text or begin another one, and special tokens that end a turn."""
         tokenizer, causal = self._tokenizer, base_module(self._model)
         ids = getattr(getattr(causal, "generation_config", None), "eos_token_id", None)
         listed = ids if isinstance(ids, list | tuple) else [ids]
@@ -462,7 +479,7 @@ class TextSampler:
             raise ReplaySetError(
                 "The base model cannot write replay texts of this length.",
                 where="gere_config.max_length",
-                expected=f"{least} to {positions} tokens: what every text begins with, and the model's positions",
+                expected=f"{least} tokens, for what every text begins with, to {positions}, the model's positions",
                 found=longest,
                 fix=f"Set gere_config.max_length to at most {positions}, and to {least} or more.",
             )

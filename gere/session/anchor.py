@@ -1,4 +1,4 @@
-"""Which anchor a training belongs to: named by the user, a checkpoint or a loaded model, or built from the model itself."""
+"""Which anchor a training belongs to: one that is named, or one that is built from the model itself."""
 
 from __future__ import annotations
 
@@ -75,8 +75,7 @@ def find_anchor(
         settings: What the user asks for.
         model: The model that is about to be trained.
         replay: The replay set.
-        checkpoint: The checkpoint that training resumes from. Its weights are loaded already, so that no anchor can be
-            built.
+        checkpoint: The checkpoint that training resumes from. Its weights are loaded by now, so no anchor can be built.
         progress: Show a progress bar.
 
     Raises:

@@ -112,8 +112,8 @@ def begin_session(
         plan: Settings and replay set.
         model: The model that is about to be trained.
         checkpoint: The checkpoint that training resumes from.
-        previous: Session of an earlier `train()` of this very model, whose weights have moved since: its anchor and its
-            weight are used again.
+        previous: Session of an earlier `train()` of this very model, whose weights have moved since. Its anchor and
+            its weight are used again.
         every_rank_calls: As in `ReplaySession`.
         progress: Show a progress bar.
 

@@ -272,6 +272,21 @@ def test_commands_exist(words):
         assert program in PROJECT["scripts"]
 
 
+def test_the_map_names_files_and_names_that_exist():
+    """The file that a new distance gets does not exist yet."""
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "gere").rglob("*") if path.suffix in (".py", ".j2")}
+    names = set(re.findall(r"`([^`]+)`", " ".join(cell for row in table("CONTRIBUTING.md", "| you want |") for cell in row)))
+    for name in names - {"gere/losses/cosine.py"}:
+        if "/" in name:
+            assert (ROOT / name).exists(), name
+        elif name.endswith(".py"):
+            assert any(path.name == name for path in sources), name
+        else:
+            assert any(re.search(rf"\b{re.escape(part)}\b", text) for part in [name.split("(")[0].split(".")[-1]] for text in sources.values()), name
+    for (parts, _) in table("CONTRIBUTING.md", "| part | owns |"):
+        assert all((ROOT / part).exists() for part in re.findall(r"`([^`]+)`", parts))
+
+
 def slugs(page: str) -> set[str]:
     """Sections of a page as links name them."""
     heads = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", PAGES[page], flags=re.S), flags=re.M)

@@ -544,11 +544,9 @@ def test_gc_keeps_what_the_checkpoint_of_a_training_names(build, make_trainer, a
     assert resumed.state.global_step == 4
 
 
-def test_commands_of_the_readme(tmp_path, capsys, monkeypatch):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = next(
-        block for block in re.findall(r"```bash\n(.*?)```", readme, flags=re.S) if "gere cache build" in block
-    )
+def test_commands_of_the_page(tmp_path, capsys, monkeypatch):
+    page = (ROOT / "docs" / "anchor.md").read_text(encoding="utf-8")
+    block = next(block for block in re.findall(r"```bash\n(.*?)```", page, flags=re.S) if "gere cache build" in block)
     monkeypatch.chdir(tmp_path)
     for name in ("base_llms", "examples"):
         Path(name).symlink_to(ROOT / name, target_is_directory=True)

@@ -131,8 +131,8 @@ def test_a_file_is_never_overwritten_by_accident(tmp_path, write, capsys):
     assert main(["replay", "--source", source, "--out", str(out), "--force"]) == 0 and len(records_of(out)) == 1
 
 
-def test_commands_of_the_readme(tmp_path, monkeypatch, capsys):
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("gere replay")]
+def test_commands_of_the_page(tmp_path, monkeypatch, capsys):
+    lines = [line for line in (ROOT / "docs" / "texts.md").read_text().splitlines() if line.startswith("gere replay")]
     assert len(lines) == 3
     monkeypatch.chdir(tmp_path)
     for name in ("base_llms", "examples"):

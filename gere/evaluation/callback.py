@@ -23,18 +23,18 @@ from gere.replay.texts import read_file
 logger = logging.getLogger("gere")
 PREFIX, CHANGE, ERROR = "general/", "_change", "_se"
 Source = str | Path | Sequence[Question]
-# Scores a task: called as `scorer(model, tokenizer, batch_size=..., max_length=..., ranks=...)`.
+# Called as `scorer(model, tokenizer, batch_size=..., max_length=..., ranks=...)`.
 Scorer = Callable[..., ChoiceScore]
 
 
 class GeneralAbilityCallback(TrainerCallback):
     """Measures what the model can do apart from the task: before training, at each evaluation and after training.
 
-    It logs `general/loss` in nats a token, for each task `general/NAME` (accuracy) and `general/NAME_se` (its standard
-    error), and the change of each value since before training, such as `general/loss_change`. A resumed run reads its
-    first values from the log of the checkpoint. The processes of a run share the work.
+    It logs `general/loss` in nats a token, and for each task `general/NAME` (accuracy) and `general/NAME_se` (its
+    standard error). After the start it also logs changes, such as `general/loss_change`. A resumed run reads its first
+    values from the log of the checkpoint. The processes of a run share the work.
 
-    `GeReTrainer` binds its callbacks. With a plain `Trainer`, call `bind`: without it, the values are in
+    `GeReTrainer` binds its callbacks. With a plain `Trainer`, call `bind`. Without it, the values are in
     `trainer.state.log_history` and `trainer_state.json`, but no reporter sees them.
 
     Args:
@@ -47,8 +47,7 @@ class GeneralAbilityCallback(TrainerCallback):
         max_length: Tokens that are read of a text, or of a context with its option.
         normalization: As in `gere.evaluation.choice_accuracy`; or by name of the task, `"characters"` for the others.
             Of a task of lm-eval, `"characters"` takes its `acc_norm` and `"none"` its `acc`.
-        lm_eval_path: A folder with YAML files of tasks that lm-eval knows then beside its own, several folders, or a
-            `TaskManager` of lm-eval.
+        lm_eval_path: A folder with YAML files of tasks of your own, several folders, or a `TaskManager` of lm-eval.
 
     Raises:
         ConfigError: If there is nothing to measure, two tasks have one name, or a task of lm-eval does not have the
@@ -75,14 +74,17 @@ class GeneralAbilityCallback(TrainerCallback):
     ) -> None:
         named = _named(tasks or {})
         require(texts is not None or bool(named), "texts and tasks", "at least one of them", None)
-        loaded = read_file(Path(texts), "text") if isinstance(texts, (str, Path)) else list(texts or [])
-        self._texts: list[str] = spread(loaded, limit)
+        if isinstance(texts, (str, Path)):
+            texts = read_file(Path(texts), "text")
+        self._texts: list[str] = spread(list(texts or []), limit)
         self._sizes = {"batch_size": batch_size, "max_length": max_length}
-        rules = normalization if isinstance(normalization, Mapping) else dict.fromkeys(named, normalization)
-        require(set(rules) <= set(named), "normalization", f"names of tasks: {', '.join(named)}", normalization)
-        for rule in rules.values():
+        if not isinstance(normalization, Mapping):
+            normalization = dict.fromkeys(named, normalization)
+        expected = f"names of tasks: {', '.join(named)}"
+        require(set(normalization) <= set(named), "normalization", expected, normalization)
+        for rule in normalization.values():
             require_normalization(rule)
-        rules = {**dict.fromkeys(named, "characters"), **rules}
+        rules: dict[str, ChoiceNormalization] = {**dict.fromkeys(named, "characters"), **normalization}
         self._scorers = _scorers(named, rules, limit, lm_eval_path)
         self._trainer: Any = None
         self._start: dict[str, float] = {}
@@ -101,15 +103,18 @@ class GeneralAbilityCallback(TrainerCallback):
         callbacks = trainer.callback_handler.callbacks
         if self not in callbacks:
             trainer.add_callback(self)
-        # Reporters close at the end of training, before the callbacks of the user.
+        # At the end of training reporters close before the callbacks of the user are called.
         callbacks.insert(0, _AtTheEnd(self))
 
     def measure(self, model: Any, tokenizer: Any) -> dict[str, float]:
-        """Values of a model by their names in the log, without changes; every process must call this.
+        """Measure a model; every process must call this.
 
         Args:
             model: The model.
             tokenizer: Its tokenizer.
+
+        Returns:
+            Values by their names in the log, without changes.
 
         Raises:
             TokenizerError: If there is no tokenizer.
@@ -119,7 +124,7 @@ class GeneralAbilityCallback(TrainerCallback):
                 "Measuring general ability needs a tokenizer.",
                 where="processing_class",
                 expected="the tokenizer of the model",
-                found=repr(tokenizer) if tokenizer is None else type(tokenizer).__name__,
+                found=type(tokenizer).__name__,
                 fix="Pass processing_class=tokenizer to the trainer.",
             )
         ranks = _compat.ranks_here()
@@ -129,16 +134,21 @@ class GeneralAbilityCallback(TrainerCallback):
             values[f"{PREFIX}loss"] = general_loss(model, tokenizer, self._texts, max_length=length, ranks=ranks)
         for name, scorer in self._scorers.items():
             score = scorer(model, tokenizer, **self._sizes, ranks=ranks)
-            values |= {f"{PREFIX}{name}": score.accuracy, f"{PREFIX}{name}{ERROR}": score.standard_error}
+            values[f"{PREFIX}{name}"] = score.accuracy
+            values[f"{PREFIX}{name}{ERROR}"] = score.standard_error
         return values
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the untouched model; a resumed run reads what was measured then."""
+        """Measure the untouched model; a resumed run reads its values from the log."""
+        # A trainer may train twice, and the second training has its own start.
         self._start, self._measured, self._ended = {}, None, False
         if state.global_step == 0:
             self._start = self._log(args, state, **kwargs)
             return
-        self._start = _first_values(state.log_history)
+        # Logs of the start have step 0; one of another callback has none of our values.
+        for entry in state.log_history:
+            if entry.get("step") == 0 and not self._start:
+                self._start = {name: value for name, value in entry.items() if name.startswith(PREFIX)}
         if not self._start:
             what = "The checkpoint has no general ability from before training: %s values are logged without a change."
             logger.warning(what, PREFIX)
@@ -159,20 +169,24 @@ class GeneralAbilityCallback(TrainerCallback):
     def _log(self, args: Any, state: Any, model: Any, processing_class: Any, **_: Any) -> dict[str, float]:
         found = self.measure(model, processing_class)
         self._measured = state.global_step
-        before = {name: value for name, value in self._start.items() if name in found and not name.endswith(ERROR)}
-        logs = found | {name + CHANGE: found[name] - value for name, value in before.items()}
+        logs = dict(found)
+        for name, value in self._start.items():
+            # The callback of a resumed run may have other tasks. The change of a standard error says nothing.
+            if name in found and not name.endswith(ERROR):
+                logs[name + CHANGE] = found[name] - value
         if self._trainer is not None:
             self._trainer.log(logs)
             return found
         if args.report_to and state.global_step == 0:
             logger.warning("General ability is in the log history alone; bind the callback for reporters to see it.")
-        epoch = {} if state.epoch is None else {"epoch": state.epoch}
-        state.log_history.append({**logs, **epoch, "step": state.global_step})
+        if state.epoch is not None:
+            logs["epoch"] = state.epoch
+        state.log_history.append({**logs, "step": state.global_step})
         return found
 
 
 class _AtTheEnd(TrainerCallback):
-    """Stands before the reporters, and has the last values logged while they listen."""
+    """Has the last values logged before the reporters close."""
 
     def __init__(self, ability: GeneralAbilityCallback) -> None:
         self._ability = ability
@@ -182,16 +196,17 @@ class _AtTheEnd(TrainerCallback):
 
 
 def _named(tasks: Mapping[str, Source] | Iterable[str | Path]) -> dict[str, Source]:
-    """Tasks by name; a file is called by its own name up to the first point."""
+    """Return tasks by name; a file is called by its name up to the first point."""
     if isinstance(tasks, Mapping):
         named = dict(tasks)
     else:
         # A string is an iterable too, of its letters.
         expected = "a mapping of names to sources, or a list of sources"
         require(not isinstance(tasks, (str, Path)), "tasks", expected, tasks)
-        pairs = [(Path(str(source).removeprefix(LM_EVAL)).name.split(".")[0], source) for source in tasks]
-        named = dict(pairs)
-        require(len(named) == len(pairs), "tasks", "each name once", [name for name, _ in pairs])
+        sources = list(tasks)
+        names = [Path(str(source).removeprefix(LM_EVAL)).name.split(".")[0] for source in sources]
+        named = dict(zip(names, sources, strict=True))
+        require(len(named) == len(names), "tasks", "each name once", names)
     require(not set(named) & {"loss", ""}, "tasks", "names other than 'loss'", list(named))
     return named
 
@@ -199,10 +214,10 @@ def _named(tasks: Mapping[str, Source] | Iterable[str | Path]) -> dict[str, Sour
 def _scorers(
     named: Mapping[str, Source], rules: Mapping[str, ChoiceNormalization], limit: int | None, path: Any
 ) -> dict[str, Scorer]:
-    """The scorer of each task, in the order of their names."""
-    # One index of lm-eval's tasks, which takes seconds, serves them all.
+    """Return the scorer of each task, in the order of the tasks."""
     theirs = {name: source for name, source in named.items() if isinstance(source, str) and source.startswith(LM_EVAL)}
     require(path is None or bool(theirs), "lm_eval_path", f"a task that begins with {LM_EVAL}, or None", path)
+    # All at once: lm-eval takes seconds for the index of its tasks.
     loaded = load_tasks(theirs, rules, limit, path) if theirs else {}
     scorers: dict[str, Scorer] = {}
     for name, source in named.items():
@@ -227,11 +242,3 @@ def _questions(source: Source, limit: int | None) -> list[Question]:
             fix="Give a list of gere.evaluation.Question, or a .jsonl file.",
         )
     return spread(questions, limit)
-
-
-def _first_values(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Values from before the first step."""
-    for entry in log_history:
-        if entry.get("step") == 0 and any(name.startswith(PREFIX) for name in entry):
-            return {name: value for name, value in entry.items() if name.startswith(PREFIX)}
-    return {}

@@ -26,7 +26,7 @@ def general_loss(
     batch_tokens: int = 4096,
     ranks: Ranks = ALONE,
 ) -> float:
-    """Mean next-token loss on texts, each token counting the same.
+    """Compute the mean next-token loss on texts, each token counting the same.
 
     Args:
         model: A causal language model; its mode is restored.
@@ -42,16 +42,22 @@ def general_loss(
     Raises:
         ReplaySetError: If no text has two tokens.
     """
-    # A string is a sequence too: each of its letters would count as a text.
-    usable = [] if isinstance(texts, str) else list(texts)
-    encoded = private_copy(tokenizer)(usable, verbose=False)["input_ids"] if usable else []
-    rows = [row for row in (list(ids)[:max_length] for ids in encoded) if len(row) > 1]
+    usable: list[str] = []
+    found = "one string"
+    if not isinstance(texts, str):  # a string is a sequence too, and each of its letters would count as a text
+        usable = list(texts)
+        found = f"{len(usable)} texts, none of two tokens"
+    rows: list[list[int]] = []
+    if usable:  # tokenizers fail on an empty list
+        encoded = private_copy(tokenizer)(usable, verbose=False)["input_ids"]
+        rows = [list(ids)[:max_length] for ids in encoded]
+    rows = [row for row in rows if len(row) > 1]  # the first token of a row is not predicted
     if not rows:
         raise ReplaySetError(
             "There is no general text to evaluate on.",
             where="texts",
             expected="a list of texts, at least one of two tokens",
-            found="one string" if isinstance(texts, str) else f"{len(texts)} texts, none of two tokens",
+            found=found,
             fix="Give held-out general texts.",
         )
     losses = row_values(_loss_sums, model, rows, list(batches_by_length(rows, batch_tokens)), ranks)
@@ -65,17 +71,9 @@ def row_values(
     batches: Sequence[list[int]],
     ranks: Ranks,
 ) -> list[float]:
-    """Measure rows in batches that the processes share.
+    """Measure rows, the same on every process, in batches of their indices that the processes share.
 
-    Args:
-        measure: Gives a value for each row of a batch, by one call of the model.
-        model: The model; it is called in evaluation mode and without gradients.
-        rows: The rows, the same on every process.
-        batches: Numbers of the rows of each batch.
-        ranks: The processes that share the batches.
-
-    Returns:
-        The value of each row, on every process.
+    `measure` calls the model once, in evaluation mode and without gradients, and gives a value for each of its rows.
     """
 
     def own() -> dict[int, float]:
@@ -84,15 +82,18 @@ def row_values(
             found.update(zip(batch, measure(model, [rows[row] for row in batch]), strict=True))
         return found
 
+    found: dict[int, float] = {}
     with evaluating(model):
-        found = {row: value for part in ranks.ask(own) for row, value in part.items()}
+        for part in ranks.ask(own):
+            found |= part
     # In the order of the rows, so that a sum does not depend on the number of processes.
     return [found[row] for row in range(len(rows))]
 
 
 def _loss_sums(model: nn.Module, rows: list[list[int]]) -> list[float]:
-    """Loss of each row, summed over its tokens."""
+    """Return the loss of each row, summed over its tokens."""
     device = next(model.parameters()).device
     batch = {name: values.to(device) for name, values in pad_rows(rows, 0).items()}
     ce = next_token_ce(model(**batch, use_cache=False).logits, batch["input_ids"], batch["attention_mask"])
+    # Sums, since a mean of the means of rows would not count each token the same.
     return (ce * (batch["attention_mask"].sum(dim=1) - 1)).cpu().double().tolist()

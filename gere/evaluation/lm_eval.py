@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gere.config import require
 from gere.errors import ConfigError, MissingPackageError, QuestionError
-from gere.evaluation.choices import ChoiceNormalization, ChoiceScore, require_sizes, score_of
+from gere.evaluation.choices import ChoiceNormalization, ChoiceScore, require_sizes
 from gere.evaluation.questions import spread
 from gere.model.forward import evaluating
 from gere.model.sharded import is_sharded
@@ -28,22 +28,16 @@ FEWSHOT_SEED = 1234  # lm-eval's default
 
 
 class LmEvalTask(NamedTuple):
-    """A task of lm-eval, or a group such as `mmlu`, whose rows all count the same.
+    """A task of lm-eval, or a group such as `mmlu`, whose rows all count the same."""
 
-    Attributes:
-        parts: lm-eval's tasks by name.
-        rows: Part and number of each row to measure.
-        metric: The accuracy to take, `"acc"` or `"acc_norm"`.
-    """
-
-    parts: Mapping[str, Any]
-    rows: list[tuple[str, int]]
-    metric: str
+    parts: Mapping[str, Any]  # lm-eval's tasks by name
+    rows: list[tuple[str, int]]  # part and index
+    metric: str  # "acc" or "acc_norm"
 
     def score(
         self, model: nn.Module, tokenizer: Any, *, batch_size: int = 16, max_length: int = 1024, ranks: Ranks = ALONE
     ) -> ChoiceScore:
-        """Share of rows that lm-eval counts as right; arguments as in `gere.evaluation.choice_accuracy`."""
+        """Compute the share of rows that lm-eval counts as right; arguments as in `choice_accuracy`."""
         require_sizes(batch_size, max_length)
         # Processes that share weights must call the model equally often, and lm-eval chooses its batches: equal rows
         # alone make equal calls.
@@ -57,16 +51,18 @@ class LmEvalTask(NamedTuple):
             lm = HFLM(pretrained=_Lent(model), backend="causal", tokenizer=private_copy(tokenizer), **settings)
             return self._right(lm, rows)
 
+        right: dict[tuple[str, int], float] = {}
         with evaluating(model), _random_states_kept():
-            right = {row: value for part in ranks.ask(own) for row, value in part.items()}
-        return score_of(sum(right[row] for row in self.rows), len(self.rows))
+            for part in ranks.ask(own):
+                right |= part
+        return ChoiceScore.of(sum(right[row] for row in self.rows), len(self.rows))
 
     def _right(self, lm: Any, rows: list[tuple[str, int]]) -> dict[tuple[str, int], float]:
-        """1 for each row that is right, 0 for the others."""
+        """Return 1 for each row that is right, 0 for the others."""
         import lm_eval
 
         numbers: dict[str, list[int]] = {}
-        for name, row in sorted(set(rows)):
+        for name, row in sorted(set(rows)):  # the last row may be there several times, to make equal shares
             numbers.setdefault(name, []).append(row)
         parts = {name: self.parts[name] for name in numbers}
         for part in parts.values():
@@ -77,18 +73,20 @@ class LmEvalTask(NamedTuple):
         right: dict[tuple[str, int], float] = {}
         for name, samples in found["samples"].items():
             for sample in samples:
-                # lm-eval takes an option that scores NaN for the best one.
-                answers = [answer for answer in sample["filtered_resps"] if isinstance(answer, tuple)]
-                sound = not any(math.isnan(likelihood) for likelihood, _ in answers)
+                value = float(sample[self.metric])
+                for answer in sample["filtered_resps"]:
+                    # lm-eval takes an option that scores NaN for the best one.
+                    if isinstance(answer, tuple) and math.isnan(answer[0]):
+                        value = 0.0
                 # A task with several filters gives a row several times: the first counts.
-                right.setdefault((name, sample["doc_id"]), float(sample[self.metric]) if sound else 0.0)
+                right.setdefault((name, sample["doc_id"]), value)
         return right
 
 
 class _Lent:
-    """Hides from lm-eval that a model is an `nn.Module`: it would tie the weights.
+    """Hides from lm-eval that a model is an `nn.Module`.
 
-    Tying replaces a head that is trained apart from the embeddings.
+    lm-eval would tie its weights, which replaces a head that is trained apart from the embeddings.
     """
 
     def __init__(self, model: Any) -> None:
@@ -104,7 +102,10 @@ class _Lent:
 def load_tasks(
     sources: Mapping[str, str], rules: Mapping[str, ChoiceNormalization], limit: int | None = None, path: Any = None
 ) -> dict[str, LmEvalTask]:
-    """Load tasks by name, with their rows; sources, rules, limit, path and errors as in `GeneralAbilityCallback`."""
+    """Load tasks by name, with their rows.
+
+    Sources, rules (its `normalization`), limit, path and errors are those of `GeneralAbilityCallback`.
+    """
     try:
         import lm_eval.models.huggingface
         import lm_eval.tasks
@@ -117,9 +118,9 @@ def load_tasks(
             fix='pip install "gere[lm-eval]", or give a .jsonl file of questions.',
         ) from error
     specs = {name: source.removeprefix(PREFIX) for name, source in sources.items()}
-    folders = [path] if isinstance(path, (str, Path)) else path
     with _random_states_kept():  # a task may shuffle its rows
-        if not hasattr(path, "load"):
+        if not hasattr(path, "load"):  # not a `TaskManager`
+            folders = [path] if isinstance(path, (str, Path)) else path
             for folder in folders or []:
                 require(Path(folder).is_dir(), "lm_eval_path", "a folder, several, or a TaskManager", folder)
             # The index of lm-eval's own tasks takes seconds, and files do without it.
@@ -144,22 +145,29 @@ def _load(manager: Any, name: str, spec: str, rule: str, limit: int | None) -> L
             fix="Correct the name. Without a network, give a YAML file whose rows are on this machine.",
         ) from error
     # Rows can be counted only where the accuracy of each part is the mean over its rows.
-    scores = [score for task in parts.values() for score in task.aggregation().items()]
-    means = [metric for metric, of in scores if getattr(of, "__name__", "") == "mean"]
-    usable = [other for other, metric in METRICS.items() if means.count(metric) == len(parts)]
+    means: dict[str, int] = {}
+    for task in parts.values():
+        for metric, aggregate in task.aggregation().items():
+            is_mean = getattr(aggregate, "__name__", "") == "mean"
+            means[metric] = means.get(metric, 0) + is_mean
+    usable = [other for other, metric in METRICS.items() if means.get(metric) == len(parts)]
     if rule not in usable:
+        fix = "Choose another task."
+        if usable:
+            fix = f"Set normalization={{{name!r}: {usable[0]!r}}}."
         raise ConfigError(
             "A task of lm-eval does not have the accuracy that its normalization asks for.",
             where=PREFIX + spec,
             expected=f"{METRICS[rule]}, a mean over rows, for normalization={rule!r}",
-            found=", ".join(sorted({metric for metric, _ in scores})) or "none",
-            fix=f"Set normalization={{{name!r}: {usable[0]!r}}}." if usable else "Choose another task.",
+            found=", ".join(sorted(means)) or "none",
+            fix=fix,
         )
     return LmEvalTask(parts, spread(rows, limit), METRICS[rule])
 
 
 @contextmanager
 def _random_states_kept() -> Iterator[None]:
+    # Tasks draw from the global generators, as the training does.
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):  # in evaluation mode a model draws nothing on its device

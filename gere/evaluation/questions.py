@@ -55,7 +55,9 @@ class Question:
     @property
     def contexts(self) -> tuple[str, ...]:
         """The context of each option."""
-        return (self.context,) * len(self.options) if isinstance(self.context, str) else self.context
+        if isinstance(self.context, str):
+            return (self.context,) * len(self.options)
+        return self.context
 
 
 def read_questions(source: str | Path, limit: int | None = None) -> list[Question]:
@@ -63,11 +65,8 @@ def read_questions(source: str | Path, limit: int | None = None) -> list[Questio
 
     Args:
         source: A .jsonl file with `{"query", "choices", "gold"}` on each line. A list of queries has one for each
-            choice; `"question"` in place of `"query"` is read as `"Question: ...\nAnswer:"`; other fields are ignored.
+            choice. `"question"` in place of `"query"` is read as `"Question: ...\nAnswer:"`. Other fields are ignored.
         limit: Questions to take, evenly spread over the file, since some files are sorted by subject.
-
-    Returns:
-        The questions in their order.
 
     Raises:
         QuestionError: If the file cannot be read, or a question cannot be used.
@@ -87,6 +86,7 @@ def read_questions(source: str | Path, limit: int | None = None) -> list[Questio
         ) from error
     if not records:
         raise QuestionError("There are no questions.", where=source, expected=f"lines of {SHAPE}", found="none")
+    # All are read before some are taken: a damaged file is refused whatever the limit is.
     return spread([_question(record, f"{source}, question {row}") for row, record in enumerate(records, 1)], limit)
 
 

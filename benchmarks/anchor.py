@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.anchor_sides import Made, Setup, bare, build, naive, on_ranks, peak_bytes
-from benchmarks.timing import ratios, spread
+from benchmarks.lib.anchor_sides import Made, Setup, bare, build, naive, on_ranks, peak_bytes
+from benchmarks.lib.timing import ratios, spread, table
 
 SECTIONS = ("speed", "ranks", "growth", "memory")
 VOCABULARIES = (8192, 16384, 32768)
@@ -38,12 +38,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: where other work runs beside")
     parser.add_argument("--only", nargs="*", choices=SECTIONS, default=SECTIONS)
     return parser.parse_args()
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n\n"
 
 
 def speed(setup: Setup, options: argparse.Namespace, folder: Path) -> str:
@@ -143,7 +137,7 @@ def main() -> None:
     sections = dict(zip(SECTIONS, (speed, shares, growth, memory), strict=True))
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
-            sys.stdout.write(sections[name](setup, options, Path(folder)))
+            sys.stdout.write(f"{sections[name](setup, options, Path(folder))}\n")
             sys.stdout.flush()
 
 

@@ -1,8 +1,8 @@
-"""What it takes to start: importing gere, and opening an anchor that is there, of the size of an 8B model's.
+"""Measure a start: importing gere, and opening an existing anchor of the size of an 8B model's.
 
     python -m benchmarks.start
 
-Every measurement is a process of its own. The anchor is made of random codes, in shards as a build makes them.
+Every measurement runs in a fresh process. The anchor is made of random codes, in shards as a build makes them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from benchmarks.timing import Spread, interleaved, spread
-from gere.losses.codes import PER_BYTE
+from benchmarks.lib.timing import Spread, interleaved, spread, table
 from gere._files import sha256
 from gere.cache.plan import PART_BYTES
 from gere.cache.store import MANIFEST, ROWS, manifest_bytes, shard_name
+from gere.losses.codes import PER_BYTE
 
 CPU_SECONDS = "import json, resource, sys, time\nspent = lambda: sum(resource.getrusage(resource.RUSAGE_SELF)[:2])\n"
 IMPORT = CPU_SECONDS + "from transformers import Trainer\nbefore = spent()\n{}\nprint(json.dumps(spent() - before))\n"
@@ -31,8 +31,8 @@ PROBE = (
     + """
 from pathlib import Path
 from gere.cache import Anchor
-from gere.cache.files import file_sha256
-from gere.collator import MixedCollator
+from torch.nn.utils.rnn import pad_sequence
+from gere._files import file_sha256
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -47,12 +47,11 @@ hashing, held = spent() - began, resident()
 began, clock = spent(), time.perf_counter()
 anchor = Anchor(folder)
 opening, waiting, opened = spent() - began, time.perf_counter() - clock, resident()
-collate = MixedCollator(list, [[0] * anchor.tokens(row) for row in range(anchor.rows)], 0)
-collate.anchor = anchor
 clock = time.perf_counter()
 steps = anchor.rows // batch
 for step in range(steps):
-    collate.replay_batch(range(batch * step, batch * step + batch))
+    stored = [anchor.targets(row) for row in range(batch * step, batch * step + batch)]
+    {name: pad_sequence([row[name] for row in stored], batch_first=True) for name in stored[0]}
 reading = (time.perf_counter() - clock) / steps
 print(json.dumps([size, hashing, opening, waiting, opened - held, resident() - opened, reading]))
 """
@@ -97,7 +96,7 @@ def make_anchor(folder: Path, rows: int, length: int, dim: int) -> None:
 
 
 def run(script: str, *words: str) -> list[float]:
-    """Numbers that a script prints, run by a Python of its own."""
+    """Run a script in a fresh Python, and give the numbers that it prints."""
     command = [sys.executable, "-c", script, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     found = json.loads(done.stdout)
@@ -133,11 +132,10 @@ def ready_anchor(arguments: argparse.Namespace) -> dict[str, Spread]:
 def main() -> None:
     """Measure and print."""
     arguments = parse_arguments()
-    lines = ["| after `from transformers import Trainer` | CPU ms |", "| --- | --- |"]
-    lines += [f"| `{name}` | {found.show(1, 1e3)} |" for name, found in imports(arguments.repeats).items()]
-    lines += ["", "| ready anchor | median (least to most) |", "| --- | --- |"]
-    lines += [f"| {name} | {found.show()} |" for name, found in ready_anchor(arguments).items()]
-    sys.stdout.write("\n".join(lines) + "\n")
+    rows = [[f"`{line}`", found.show(1, 1e3)] for line, found in imports(arguments.repeats).items()]
+    sys.stdout.write(table(("after `from transformers import Trainer`", "CPU ms"), rows) + "\n")
+    rows = [[name, found.show()] for name, found in ready_anchor(arguments).items()]
+    sys.stdout.write(table(("ready anchor", "median (least to most)"), rows))
 
 
 if __name__ == "__main__":

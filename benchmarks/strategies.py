@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.curves import Point, plot, points_of, summary, table
-from benchmarks.experiment import Bench, Scene, Setting, read_jsonl
+from benchmarks.lib import DATA, TINY
+from benchmarks.lib.curves import Point, plot, points_of, summary, table
+from benchmarks.lib.experiment import Bench, Scene, Setting, read_jsonl
 
-ROOT = Path(__file__).resolve().parents[1]
 # At least four fixed weights for each distance, and those that need no number.
 GRID = {
     ("none", "violations"): ("0",),
@@ -51,11 +51,10 @@ def parse_arguments() -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    data = ROOT / "examples" / "data"
-    add("--model", default=str(ROOT / "base_llms" / "llama-tiny-random"))
-    add("--task-file", type=Path, default=data / "task.jsonl")
-    add("--dev-file", type=Path, default=data / "task.jsonl")
-    add("--general-file", type=Path, default=data / "general.jsonl")
+    add("--model", default=str(TINY))
+    add("--task-file", type=Path, default=DATA / "task.jsonl")
+    add("--dev-file", type=Path, default=DATA / "task.jsonl")
+    add("--general-file", type=Path, default=DATA / "general.jsonl")
     add("--out", type=Path, required=True)
     add("--steps", type=int, default=30)
     add("--batch-size", type=int, default=16)
@@ -171,7 +170,7 @@ def report(options: argparse.Namespace) -> str:
         if insertion:
             parts.append(summary(points, base))
             draw(points, base, title, options.out / f"{regime}.svg")
-    text = "\n\n".join(parts) + "\n"
+    text = "\n".join(parts)
     (options.out / "table.md").write_text(text, encoding="utf-8")
     return text
 

@@ -1,4 +1,4 @@
-"""What the stored targets are on a model: shares of the regions by bands, and what the likeliest tokens miss of KL.
+"""Judge the stored targets on a model: shares of the regions by bands, and what the likeliest tokens miss of KL.
 
     python -m benchmarks.targets --model MODEL --general-file general.jsonl --task-file task.jsonl
 
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.experiment import read_jsonl
-from gere.cache import BandRule, MeanStd, Quantiles, regions
-from gere.losses.kl import top_k_kl, top_logits
+from benchmarks.lib.experiment import read_jsonl
+from benchmarks.lib.timing import table
+from gere.losses import regions, top_k_kl, top_logits
+from gere.losses.bands import BandRule, MeanStd, Quantiles
 
 RULES: tuple[BandRule, ...] = (*(MeanStd(width, 1e-3) for width in (0.5, 1.0, 1.5, 2.0)), Quantiles(0.16, 0.84))
 KEPT = (1, 16, 64, 256)
@@ -38,15 +39,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def shares(states: torch.Tensor) -> list[str]:
-    """Negative, neutral and positive share of all elements, by rule."""
+def shares(states: torch.Tensor) -> str:
+    """Table of the negative, neutral and positive share of all elements, by rule."""
     lines = []
     for rule in RULES:
         bands = rule.bands([rule.summary(states, 1.0, 0)], torch.zeros(states.shape[-1]))
         code = regions(states, bands.lower, bands.upper)
-        found = (f"{100 * (code == side).float().mean().item():.1f} %" for side in (-1, 0, 1))
-        lines.append(f"| {str(rule).split(',')[0]} | {' | '.join(found)} |")
-    return lines
+        found = [f"{100 * (code == side).float().mean().item():.1f} %" for side in (-1, 0, 1)]
+        lines.append([str(rule).split(",")[0], *found])
+    return table(("bands", "negative", "neutral", "positive"), lines)
 
 
 def train(model: Any, rows: list[torch.Tensor], steps: int, rate: float) -> None:
@@ -59,8 +60,8 @@ def train(model: Any, rows: list[torch.Tensor], steps: int, rate: float) -> None
 
 
 @torch.no_grad()
-def missed(base: Any, tuned: Any, rows: list[torch.Tensor]) -> list[str]:
-    """By number of kept tokens: mass of the rest, divergence that is seen, and its share of the whole one."""
+def missed(base: Any, tuned: Any, rows: list[torch.Tensor]) -> str:
+    """Table by number of kept tokens: mass of the rest, divergence that is seen, and its share of the whole one."""
     pairs = [(base(ids).logits, tuned(ids).logits, torch.ones_like(ids)) for ids in rows]
 
     def divergence(top_k: int) -> float:
@@ -72,8 +73,8 @@ def missed(base: Any, tuned: Any, rows: list[torch.Tensor]) -> list[str]:
     for top_k in KEPT:
         rest = torch.cat([top_logits(then, top_k, TEMPERATURE).rest.exp().flatten() for then, _, _ in pairs]).mean()
         seen = divergence(top_k)
-        lines.append(f"| {top_k} | {rest:.3f} | {seen:.4f} | {whole:.4f} | {100 * (1 - seen / whole):.1f} % |")
-    return lines
+        lines.append([top_k, f"{rest:.3f}", f"{seen:.4f}", f"{whole:.4f}", f"{100 * (1 - seen / whole):.1f} %"])
+    return table(("tokens kept", "mass of the rest", "divergence seen", "whole", "missed"), lines)
 
 
 def main() -> None:
@@ -90,17 +91,11 @@ def main() -> None:
     with torch.no_grad():
         hidden = [model(ids, output_hidden_states=True).hidden_states for ids in general]
     middle = len(hidden[0]) // 2
-    head = "| bands | negative | neutral | positive |\n| --- | --- | --- | --- |"
-    parts = []
     for name, layer in (("last layer", -1), (f"layer {middle}", middle)):
-        parts += [f"{name}:", "", head, *shares(torch.cat([states[layer][0] for states in hidden])), ""]
+        sys.stdout.write(f"{name}:\n\n{shares(torch.cat([states[layer][0] for states in hidden]))}\n")
     tuned = copy.deepcopy(model)
     train(tuned, task, options.steps, options.rate)
-    parts += [
-        "| tokens kept | mass of the rest | divergence seen | whole | missed |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    sys.stdout.write("\n".join([*parts, *missed(model, tuned.eval(), general)]) + "\n")
+    sys.stdout.write(missed(model, tuned.eval(), general))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
-from benchmarks.anchor_sides import Setup, build, counted, naive, on_ranks
+from benchmarks.lib.anchor_sides import Setup, build, counted, naive, on_ranks
 from gere import GeReConfig
 from gere.cache import Anchor, build_anchor, unpack
 from gere.cache.base_model import BaseModel

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
 from benchmarks import start, timing
-from benchmarks.curves import area, best_accuracy, points_of, summary, table
+from benchmarks.lib.curves import area, best_accuracy, points_of, summary, table
 from gere.cache import Anchor
 
 BASE = {"general_loss": 1.0, "accuracy": 0.1, "task_loss": 5.0}

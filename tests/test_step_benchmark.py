@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
-from benchmarks.pair import SIDES, Pair
+from benchmarks.lib.pair import SIDES, Pair
 from benchmarks.step import memory_of_both, one_side, parse_arguments, time_both
-from benchmarks.turns import DATA, FORWARD, LOSS, OTHER, Clock, Turns, together
+from benchmarks.lib.turns import DATA, FORWARD, LOSS, OTHER, Clock, Turns, together
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_turns_alternate_until_one_has_left():
 
 def test_parts_exclude_those_inside_and_add_up(monkeypatch):
     now = iter(range(100))
-    monkeypatch.setattr("benchmarks.turns.time.process_time", lambda: next(now))
+    monkeypatch.setattr("benchmarks.lib.turns.time.process_time", lambda: next(now))
     clock = Clock("a", Turns(["a"]), cuda=False, parts_from=0)
     clock.enter(DATA)
     clock.leave()  # before the first step nothing is counted

@@ -18,17 +18,18 @@ from torch import distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.memory import process_bytes
-from gere.session.anchor import ReadyModel, build_plan
-from gere.cache.base_model import BaseModel
+from benchmarks.lib.memory import process_bytes
+from gere import GeReConfig
+from gere._files import make_folder
 from gere.cache import build_anchor
+from gere.cache.base_model import BaseModel
 from gere.cache.build import partial_folder
 from gere.cache.distil import measure_noise
-from gere._files import make_folder
-from gere.config import GeReConfig
+from gere.losses.margin import Margin
+from gere.model.states import decoder_of, depth_of
 from gere.ranks import ALONE, Ranks
-from gere.replay.rows import ReplaySet
-from gere.model.states import decoder_of
+from gere.replay import ReplaySet
+from gere.session.anchor import ReadyModel, build_plan
 
 Rows = list[list[int]]
 
@@ -66,7 +67,7 @@ class Setup(NamedTuple):
         return model.to(self.device).eval()
 
     def rows(self, count: int) -> Rows:
-        """Token ids of so many texts, evenly spread over the file; of a short file, several times."""
+        """Token ids of `count` texts, evenly spread over the file; a short file is repeated."""
         if self.texts is None or not self.model:
             generator = torch.Generator().manual_seed(0)
             lengths = torch.randint(self.max_length // 8, self.max_length + 1, (count,), generator=generator)
@@ -98,11 +99,12 @@ class Made(NamedTuple):
 
 def build(model: nn.Module, rows: Rows, folder: Path, clock: str, ranks: Ranks = ALONE) -> Made:
     """What gere does: regions of the last layer and the loss of every row."""
-    config = GeReConfig(replay_dataset=["rows are at hand"])
     device = next(model.parameters()).device
-    ready = ReadyModel(model, device, torch.no_grad, "mixed precision no", False, ranks)
-    plan = build_plan(config, ready, ReplaySet(rows, 0, {}), {"benchmark": "anchor"})
-    base = BaseModel(model, 0, device, plan.target)
+    ready = ReadyModel(model, device, torch.no_grad, "mixed precision no", ranks)
+    strategy = Margin(depth=depth_of(model))
+    fields = {"benchmark": "anchor"}
+    plan = build_plan(GeReConfig().anchor_batch_tokens, strategy, ready, ReplaySet(rows, 0, {}), fields)
+    base = BaseModel(model, 0, device, strategy)
     partial, leads = partial_folder(folder), ranks.index == 0
 
     def noise() -> None:
@@ -221,7 +223,7 @@ def _rank(setup: Setup, texts: int, threads: int, folder: Path, store: str, rank
 
 
 def peak_bytes(setup: Setup, texts: int, threads: int, folder: Path) -> tuple[int, int]:
-    """Peak memory of a process that builds an anchor of so many texts, and what it held before; on a GPU, of it."""
+    """Peak memory of a process, or of its GPU, that builds an anchor of `texts` texts, and what it held before."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_peak, setup, texts, threads, folder).result()
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.lib import timing
+
 Run = Mapping[str, Any]
 
 
@@ -117,7 +119,7 @@ def table(points: Sequence[Point], base: Mapping[str, float]) -> str:
         "anchor, kB",
         "seeds",
     )
-    return _markdown(head, rows)
+    return timing.table(head, rows)
 
 
 def summary(points: Sequence[Point], base: Mapping[str, float]) -> str:
@@ -136,11 +138,7 @@ def summary(points: Sequence[Point], base: Mapping[str, float]) -> str:
         best = float(best_accuracy(numbers, start, np.array([max(p.general, start[0])]))[0])
         free.append((p.name, f"{p.general:.3f}", f"{p.accuracy:.4f}", f"{best:.4f}", f"{p.accuracy - best:+.4f}"))
     head = ("without a number", "general loss", "accuracy", "best of all curves there", "difference")
-    return _markdown(("strategy", "weights", "area"), areas) + "\n\n" + _markdown(head, free)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    return timing.table(("strategy", "weights", "area"), areas) + "\n" + timing.table(head, free)
 
 
 def plot(points: Sequence[Point], base: Mapping[str, float], title: str, path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +19,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.experiment import read_jsonl
-from benchmarks.turns import Timed
+from benchmarks.lib import TINY
+from benchmarks.lib.experiment import read_jsonl
+from benchmarks.lib.turns import Timed
 from gere import GeReConfig, GeReTrainer
 from gere.replay.rows import tokenize
 from gere.sampler.insertion import BatchInsertionSampler
-
-TINY = Path(__file__).resolve().parents[1] / "base_llms" / "llama-tiny-random"
 
 SIDES = PLAIN, OURS = "Trainer", "GeReTrainer"
 REPLAY_ROWS = 32
@@ -67,7 +65,7 @@ class Pair:
             gradient_accumulation_steps=options.batch_size // options.micro_batch_size,
             learning_rate=1e-5,
             logging_steps=10,
-            logging_first_step=True,  # what it imports once belongs to no side
+            logging_first_step=True,  # the first log imports modules, which must not count for one side
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -144,7 +142,7 @@ class _Ours(Timed, GeReTrainer):
 
 
 def long_texts(texts: Sequence[str], tokenizer: Any, length: int, count: int) -> list[str]:
-    """Texts of at least `length` tokens, each of as many texts in a row as it takes."""
+    """Join texts until each has at least `length` tokens; `count` of them."""
     found: list[str] = []
     text, place = "", 0
     while len(found) < count:

@@ -167,7 +167,7 @@ class Bench:
         return self.folder / f"anchor-{'l1' if setting.strategy == 'l2' else setting.strategy}"
 
     def _bytes(self, trainer: Trainer) -> int:
-        anchor = trainer._gere.anchor if isinstance(trainer, GeReTrainer) else None
+        anchor = trainer.replay.anchor if isinstance(trainer, GeReTrainer) else None
         return sum(path.stat().st_size for path in anchor.folder.iterdir()) if anchor else 0
 
     def _encode(self, row: Row) -> Row:

@@ -1,14 +1,14 @@
-"""Several timings as one figure: the middle one, and how far they spread."""
+"""Repeated measurements as one figure with its spread, and figures as a table."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 
 class Spread(NamedTuple):
-    """The median of repeated measurements, the least and the greatest."""
+    """Median, least and greatest of repeated measurements."""
 
     median: float
     least: float
@@ -34,7 +34,7 @@ def interleaved(sides: Sequence[Callable[[], float]], repeats: int) -> list[list
 
     Args:
         sides: Each measures once.
-        repeats: Rounds that count; one before them warms up.
+        repeats: Rounds that count. One more before them warms up.
 
     Returns:
         By side, its measurements.
@@ -47,3 +47,9 @@ def interleaved(sides: Sequence[Callable[[], float]], repeats: int) -> list[list
             if number:
                 found[place].append(value)
     return found
+
+
+def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Make a Markdown table, with a line feed at its end."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)

@@ -155,8 +155,8 @@ class BatchInsertionSampler(Sampler[int]):
         (12, 2)
     """
 
-    # accelerate replaces every `RandomSampler`, and sets an attribute called `generator` on all ranks. So this is a plain
-    # `Sampler` without such an attribute.
+    # accelerate replaces every `RandomSampler`, and sets an attribute called `generator` on all ranks. So this is a
+    # plain `Sampler` without such an attribute.
 
     def __init__(
         self,

@@ -143,8 +143,8 @@ class Quantiles(NamedTuple):
     def bands(self, summaries: Sequence[Tensor], noise: Tensor) -> Bands:
         """Compute the bands of the chosen states together."""
         ordered = torch.cat(list(summaries)).float().sort(dim=0).values
-        # A value on a band lies in the outer region, so these are the innermost values of that many. No outer region
-        # is empty, however small its share.
+        # A value on a band lies in the outer region: a band is the innermost value of its region, which is never
+        # empty.
         below, above = round(self.lower * len(ordered)), round((1 - self.upper) * len(ordered))
         lower = ordered[max(below, 1) - 1].double()
         upper = ordered[len(ordered) - max(above, 1)].double()

@@ -43,7 +43,7 @@ def pack(region: Tensor) -> Tensor:
     Raises:
         ValueError: If a value is not -1, 0 or 1.
     """
-    # Another value would spill into the bits of its neighbours, and `unpack` could not tell.
+    # Another value could spill into the bits of its neighbours, and `unpack` would not see it.
     if region.numel() and bool((region.abs() > 1).any()):
         raise ValueError(f"regions are -1, 0 or 1, found {region.min().item()} to {region.max().item()}")
     codes = (region + 1).to(torch.uint8)

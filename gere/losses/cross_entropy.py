@@ -34,6 +34,7 @@ def next_token_ce(logits: Tensor, input_ids: Tensor, mask: Tensor, chunk_tokens:
         `torch.nn.functional.cross_entropy` over the same tokens, averaged by row and not over the batch.
 
     Example:
+        >>> import torch
         >>> next_token_ce(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]), torch.ones(1, 3))
         tensor([2.0794])
     """

@@ -68,7 +68,7 @@ def _read_sequence(folder: Path) -> Run:
     _require(sound and len(general) <= done + 1, f"{path}, general", f"at most {done + 1} objects", general)
     general += [None] * (done + 1 - len(general))
     curves, ends = _read_logs(folder / LOGS, done)
-    # General ability is in the matrix and not in the logs. A task without a log has no step to show it at.
+    # The matrix has general ability after each task. Without the log of a task its last step is not known.
     for end, values in zip([0.0, *ends], general, strict=False):
         add_log(curves, values or {}, end)
     state = ""
@@ -202,7 +202,7 @@ def _read_training(folder: Path, path: Path) -> Run:
             now[name] = value
             if step == 0:
                 before.setdefault(name, value)
-            # A resumed run may lack the log of step 0. It still has the changes since then.
+            # Without a log of step 0 the value then follows from the first change since then.
             change = number(log.get(f"general/{name}_change"))
             if change is not None:
                 before.setdefault(name, value - change)

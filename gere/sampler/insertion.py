@@ -44,10 +44,10 @@ def parent_order(sampler: Any, seed: int) -> Callable[[int], list[int]] | None:
         return None
 
     def order(epoch: int) -> list[int]:
-        # Without a generator of its own the sampler draws from the global one, which a resumed run finds elsewhere.
+        # A sampler draws from the global generator otherwise, which a resumed run finds in another state.
         if hasattr(sampler, "generator"):
             word = _seeds(seed, _TASK, epoch).generate_state(1, np.uint64)[0]
-            sampler.generator = torch.Generator().manual_seed(int(word) >> 1)  # torch takes signed 64 bits
+            sampler.generator = torch.Generator().manual_seed(int(word) >> 1)
         if callable(getattr(sampler, "set_epoch", None)):
             sampler.set_epoch(epoch)
         return [int(index) for index in sampler]
@@ -155,8 +155,8 @@ class BatchInsertionSampler(Sampler[int]):
         (12, 2)
     """
 
-    # accelerate replaces every `RandomSampler`, and seeds whatever is called `generator`. So this is a plain `Sampler`
-    # without such an attribute.
+    # accelerate replaces every `RandomSampler`, and sets an attribute called `generator` on all ranks. So this is a
+    # plain `Sampler` without such an attribute.
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class BatchInsertionSampler(Sampler[int]):
     def _inserted_blocks(self) -> Iterator[tuple[list[int], list[int]]]:
         replay_rows = self.replay_per_batch
         tasks = itertools.cycle(self._task_indices())
-        # The epochs share one stream, so that replay goes on where the last epoch ended.
+        # The epochs share one stream. Each continues where the last one ended, and a resumed run finds its place.
         start = self.epoch * self.blocks_per_epoch * replay_rows
         replay = replay_stream(self.num_replay, self.seed, start, self.replay_lengths, replay_rows)
         for _ in range(self.blocks_per_epoch):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
 from gere import _files
-from gere.config import CONFIG_FIELDS, GeReArguments, argument_name, kwargs_of_section
+from gere.config import CONFIG_FIELDS, GeReArguments, argument_name, kwargs_of_section, require
 from gere.errors import ConfigError
 
 SECTION = "gere"
@@ -48,14 +48,7 @@ def settings_help() -> str:
 
 def _split(word: str) -> tuple[str, Any]:
     name, equals, text = word.partition("=")
-    if not equals:
-        raise ConfigError(
-            "A setting has no value.",
-            where="--set",
-            expected="name=value, such as max_length=256",
-            found=repr(word),
-            fix="Write the name, an equals sign and the value, with no space between.",
-        )
+    require(bool(equals), "--set", "name=value without spaces, such as max_length=256", word)
     return name, _value(name, text)
 
 

@@ -137,7 +137,7 @@ def read_sequence(file: Path, words: Sequence[str] = ()) -> SequenceSettings:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             "The settings of the sequence cannot be read.",
-            where=f"{file}, --set" if words else file,
+            where=f"{file}, --set",
             expected="a .yaml, .yml or .json file of settings by name, and words such as training.max_steps=20",
             found=f"{type(error).__name__}: {error}",
             fix="Correct the path, the file or the word.",

@@ -18,7 +18,6 @@ from gere.errors import ConfigError, TokenizerError, UnsupportedSettingError
 from gere.trainer import GeReTrainer
 
 TrainerFactory = Callable[..., Trainer]
-CONFIG = "gere_config"
 # Two checkpoints: the last one may be cut by a kill, or be that of the last step, which cannot be resumed.
 DEFAULTS: Mapping[str, Any] = {
     "report_to": [],
@@ -67,11 +66,7 @@ def factory_settings(settings: SequenceSettings, out: Path) -> dict[str, Any]:
     """
     if settings.trainer != "gere" and not settings.gere:
         return dict(settings.settings)
-    section = dict(settings.gere)
-    # Fields of `GeReConfig` stand beside the trainer's arguments, or below `gere_config` as in Python.
-    nested = section.pop(CONFIG, None) or {}
-    require(isinstance(nested, Mapping), f"gere.{CONFIG}", "settings by name", nested)
-    replay = kwargs_of_section({**section, **nested}, "gere")
+    replay = kwargs_of_section(settings.gere, "gere")
     return {"gere_hidden_state_saving_dir": str(out / "gere_saving"), **replay, **settings.settings}
 
 

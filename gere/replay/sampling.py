@@ -71,8 +71,14 @@ class TextSampler:
         self._model, self._config = model, config
         self._causal: Any = base_module(model)
         self._tokenizer = private_copy(tokenizer)
+        if not callable(getattr(self._causal, "generate", None)):
+            raise UnsupportedModelError(
+                "The model cannot write the replay texts.",
+                where=type(self._causal).__name__,
+                expected="a Hugging Face causal language model with generate()",
+                fix="Set gere_config.replay_dataset to general texts from elsewhere.",
+            )
         self._chats = prompt_of(tokenizer, config) == "chat"
-        self._require_generate()
         self._adds_bos = adds_bos(self._tokenizer, config)
         self._dialogue = self._chat() if self._chats else Dialogue("", "", "")
         self._opening = self._first_ids() + self._encode(self._dialogue.opening)
@@ -195,13 +201,4 @@ class TextSampler:
                 expected=f"{least} tokens, for what every text begins with, to {positions}, the model's positions",
                 found=longest,
                 fix=f"Set gere_config.max_length to at most {positions}, and to {least} or more.",
-            )
-
-    def _require_generate(self) -> None:
-        if not callable(getattr(self._causal, "generate", None)):
-            raise UnsupportedModelError(
-                "The model cannot write the replay texts.",
-                where=type(self._causal).__name__,
-                expected="a Hugging Face causal language model with generate()",
-                fix="Set gere_config.replay_dataset to general texts from elsewhere.",
             )

@@ -41,18 +41,8 @@ def own_texts(
 ) -> list[str]:
     """Read the texts of the base model from `folder`, or sample and keep them. Every rank must call this.
 
-    Args:
-        model: The model without a distributed wrapper. An adapter is disabled.
-        tokenizer: The user's tokenizer.
-        config: Number, length and sampling.
-        folder: Folder that keeps the texts.
-        base_weights: Digest of the base model's weights, for a model that was fine-tuned since.
-        ranks: All processes.
-        progress: Show a progress bar.
-
-    Raises:
-        CacheError: If the model was fine-tuned and the texts of its base are missing, or their file is damaged.
-        GeReError: If the model or the tokenizer cannot write texts, or too few of them are usable.
+    `model` has no distributed wrapper. `base_weights` is the digest of the base model's weights, for a model that was
+    fine-tuned since: it finds the texts of its base, and raises `CacheMissingError` in place of sampling.
     """
     ranks.together(lambda: _require_usable(model, tokenizer, config))
     # Fine-tuning moves the weights and leaves the architecture.

@@ -32,7 +32,7 @@ from gere.errors import (
 )
 from gere.model.states import is_reentrant
 from gere.replay.rows import load_replay_set
-from gere.replay.texts import load_texts
+from gere.replay.texts import load_texts, write_records
 from gere.sampler import BatchInsertionSampler
 
 TEXTS = ["One text of several words.", "Another text, a little longer than the first."]
@@ -414,6 +414,16 @@ def test_every_source_of_texts_gives_the_same(tmp_path):
     assert load_texts(GeReConfig(replay_dataset=TEXTS, replay_size=1), tmp_path) == TEXTS[:1]
     rows = Dataset.from_dict({"body": TEXTS})
     assert load_texts(GeReConfig(replay_dataset=rows, replay_column="body"), tmp_path) == TEXTS
+
+
+def test_a_parquet_file_without_the_column(tokenizer, tmp_path):
+    Dataset.from_dict({"body": TEXTS}).to_parquet(tmp_path / "a.parquet")
+    unusable({"replay_dataset": tmp_path / "a.parquet"}, tokenizer, ReplaySetError, r"^The replay set has no such")
+
+
+def test_half_of_a_surrogate_pair_is_read_as_it_was_written(tmp_path):
+    write_records(tmp_path / "a.jsonl", [{"text": "half \ud83d of a pair"}])
+    assert load_texts(GeReConfig(replay_dataset=tmp_path / "a.jsonl"), tmp_path) == ["half \ud83d of a pair"]
 
 
 @pytest.fixture

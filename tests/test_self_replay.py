@@ -28,8 +28,10 @@ from gere.errors import (
     UnsupportedSettingError,
 )
 from gere.replay.rows import tokenize
+from gere.replay.sampling import TextSampler, prompt_of, split_chat_template
+from gere.replay.sieve import Sample, Sieve, draw, is_loop
 from gere.replay.texts import load_texts
-from gere.replay.written import Sample, Sieve, TextSampler, draw, is_loop, own_texts, prompt_of, split_chat_template
+from gere.replay.written import own_texts
 
 SMALL = {"replay_dataset": "self", "replay_size": 12, "max_length": 32, "self_batch_size": 8}
 CHAT = (

@@ -32,8 +32,7 @@ from gere.continual import (
     run,
     score,
 )
-from gere.continual.folder import RunFolder
-from gere.continual.matrix import read_matrix
+from gere.continual.folder import RunFolder, read_matrix
 from gere.continual.settings import settings_of
 from gere.continual.tasks import TaskRow, encode, prompt_ids
 from gere.continual.trainers import gere_trainer, load_model, order_seed, plain_trainer, training_arguments

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from gere.cli.settings import read_kwargs
 from gere.config import DTYPES, TRAINER_FIELDS, GeReConfig, require
@@ -28,19 +28,7 @@ SET_HELP = (
 SAVING_HELP = "gere_hidden_state_saving_dir: find and keep texts of the model and of the hub there, as a training does"
 
 
-class Source(NamedTuple):
-    """One source of texts.
-
-    Attributes:
-        name: `self`, `hub`, a file, a folder or the name of a data set.
-        config: Replay settings that name it and the number of its texts.
-    """
-
-    name: str
-    config: GeReConfig
-
-
-def add_parser(commands: Any) -> None:
+def add_replay(commands: Any) -> None:
     """Add the command `replay` to those of `gere`."""
     text = "Write a replay file from texts of a model, the hub or files, or show what is in them."
     parser = commands.add_parser("replay", help=text, description=text)
@@ -55,41 +43,36 @@ def add_parser(commands: Any) -> None:
     add("--saving-dir", type=Path, help=SAVING_HELP)
     add("--out", type=Path, metavar="FILE.jsonl", help="write the texts there; without it they are only shown")
     add("--force", action="store_true", help="overwrite the file of --out")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Read or sample the texts, write them if asked to, and report on them.
-
-    Args:
-        options: What `add_parser` defines.
-
-    Raises:
-        GeReError: If a source, a setting or the file cannot be used.
-    """
+def _run(options: argparse.Namespace) -> int:
+    """Read or sample the texts, write them if asked to, and report on them."""
     config = _config(options.set)
     sources = [_source(word, options.size, config) for word in options.source]
     _require_usable(options, sources)
+    # Imports torch and transformers, which a wrong word should not wait for.
     from gere.cli.replay_stats import describe, without_repeats
 
-    name = options.tokenizer or options.model
-    tokenizer = _tokenizer(name) if name else None
+    tokenizer = _tokenizer(options.tokenizer or options.model)
     records: list[Record] = []
+    # Texts of the model and of the hub are always kept in some folder.
     with tempfile.TemporaryDirectory() as unkept:
-        folder = options.saving_dir or Path(unkept)
         for source in sources:
-            records += _records(source, options, tokenizer, folder)
-    kept = without_repeats(records)
-    written = ""
+            records += _records(source, options, tokenizer, options.saving_dir or Path(unkept))
+    report = describe(records, tokenizer, config)
     if options.out is not None:
-        _write(options.out, kept)
-        written = f"wrote {len(kept)} texts to {options.out}\n"
-    sys.stdout.write(describe(records, tokenizer, config) + written)
+        from gere.replay.texts import write_records
+
+        kept = without_repeats(records)
+        write_records(options.out, [record._asdict() for record in kept])
+        report += f"wrote {len(kept)} texts to {options.out}\n"
+    sys.stdout.write(report)
     return 0
 
 
 def _config(words: list[str]) -> GeReConfig:
-    """Settings that all sources share."""
+    """Read the settings that all sources share."""
     others = {"replay_dataset", "replay_size", *TRAINER_FIELDS} & {word.partition("=")[0] for word in words}
     expected = "settings of the texts; --source SOURCE=N says where they come from and how many"
     require(not others, "--set", expected, ", ".join(sorted(others)))
@@ -97,22 +80,25 @@ def _config(words: list[str]) -> GeReConfig:
     return config
 
 
-def _source(word: str, size: int | None, config: GeReConfig) -> Source:
+def _source(word: str, size: int | None, config: GeReConfig) -> GeReConfig:
+    """Read SOURCE=N as the settings of a training that takes its texts there."""
+    # The last equals sign, since a path may hold others.
     name, sign, number = word.rpartition("=")
-    if sign:
+    if not sign:
+        require(bool(word), "--source", "self, hub, a file, a folder or a hub name", word)
+        name = word
+    else:
+        # `isdecimal` alone is true of digits of other scripts, too.
         sound = bool(name) and number.isascii() and number.isdecimal() and int(number) > 0
         require(sound, "--source", "SOURCE=N with a whole number N of at least 1", word)
         size = int(number)
-    else:
-        name = word
-        require(bool(name), "--source", "self, hub, a file, a folder or a hub name", word)
     dataset = None if name == HUB else name
-    return Source(name, dataclasses.replace(config, replay_dataset=dataset, replay_size=size))
+    return dataclasses.replace(config, replay_dataset=dataset, replay_size=size)
 
 
-def _require_usable(options: argparse.Namespace, sources: list[Source]) -> None:
+def _require_usable(options: argparse.Namespace, sources: list[GeReConfig]) -> None:
     """Refuse what cannot work before anything is loaded."""
-    if any(source.config.samples_itself for source in sources) and not options.model:
+    if any(source.samples_itself for source in sources) and not options.model:
         raise ConfigError(
             "The source self needs a model to sample from.",
             where="--model",
@@ -133,27 +119,30 @@ def _require_usable(options: argparse.Namespace, sources: list[Source]) -> None:
         )
 
 
-def _tokenizer(name: str) -> Any:
+def _tokenizer(name: str | None) -> Any:
+    if name is None:
+        return None
     from gere.cli.loading import load_tokenizer
 
     tokenizer = load_tokenizer(name)
     if tokenizer.pad_token_id is None:
-        # Padding is masked, so any token will do.
+        # Padding is masked, so any token works.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     return tokenizer
 
 
-def _records(source: Source, options: argparse.Namespace, tokenizer: Any, folder: Path) -> list[Record]:
+def _records(source: GeReConfig, options: argparse.Namespace, tokenizer: Any, folder: Path) -> list[Record]:
     from gere.cli.replay_stats import Record, sources_of
     from gere.replay.texts import load_texts
 
-    own = _sample(source.config, options, tokenizer, folder) if source.config.samples_itself else None
-    texts = load_texts(source.config, folder, own)
-    return [Record(*pair) for pair in zip(texts, sources_of(source.name, texts), strict=True)]
+    own = _sample(source, options, tokenizer, folder) if source.samples_itself else None
+    texts = load_texts(source, folder, own)
+    names = sources_of(str(source.replay_dataset or HUB), texts)
+    return list(map(Record, texts, names))
 
 
 def _sample(config: GeReConfig, options: argparse.Namespace, tokenizer: Any, folder: Path) -> list[str]:
-    """Texts that the base model writes, or wrote into `folder` before."""
+    """Let the base model write texts, or read those that it wrote into `folder` before."""
     import torch
 
     from gere.cli.loading import load_model
@@ -161,7 +150,8 @@ def _sample(config: GeReConfig, options: argparse.Namespace, tokenizer: Any, fol
     from gere.session.checkpoint import ANCHOR_FILE, loaded_key
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = load_model(options.model, options.dtype or ("float32" if device.type == "cpu" else "auto"), device)
+    dtype = options.dtype or {"cpu": "float32"}.get(device.type, "auto")
+    model = load_model(options.model, dtype, device)
     if loaded_key(model) is not None:
         raise ConfigError(
             "This model was fine-tuned from a base model, whose anchor its folder names.",
@@ -171,11 +161,3 @@ def _sample(config: GeReConfig, options: argparse.Namespace, tokenizer: Any, fol
             fix=f"Give the base model; to make this model a base, delete {ANCHOR_FILE} from its folder.",
         )
     return own_texts(model, tokenizer, config, folder, progress=sys.stderr.isatty())
-
-
-def _write(path: Path, records: list[Record]) -> None:
-    from gere._files import make_folder, write_atomic
-    from gere.replay.written import text_lines
-
-    make_folder(path.parent)
-    write_atomic(path, text_lines([record.text for record in records], [record.source for record in records]))

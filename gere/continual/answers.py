@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ class Scores(NamedTuple):
 
     Attributes:
         accuracy: Right answers.
-        invalid: Answers that are none of the task's labels. They count as wrong, too.
+        invalid: Answers that match no label of the task. They count as wrong, too.
     """
 
     accuracy: float
@@ -35,8 +34,11 @@ def normalised(answer: str) -> str:
         >>> normalised(" Science  & Mathematics.")
         'science mathematics'
     """
-    letters = "".join(" " if unicodedata.category(mark)[0] in "PS" else mark for mark in answer.casefold())
-    return re.sub(r"\s+", " ", letters).strip()
+    marks = list(answer.casefold())
+    for place, mark in enumerate(marks):
+        if unicodedata.category(mark)[0] in "PS":  # punctuation and symbols
+            marks[place] = " "
+    return " ".join("".join(marks).split())
 
 
 def score(answers: Sequence[str], right: Sequence[str], labels: Sequence[str]) -> Scores:
@@ -48,28 +50,33 @@ def score(answers: Sequence[str], right: Sequence[str], labels: Sequence[str]) -
         labels: All answers that the task knows.
     """
     known = {normalised(label) for label in labels}
-    given = [normalised(answer) for answer in answers]
-    hits = sum(answer == normalised(wanted) for answer, wanted in zip(given, right, strict=True))
-    return Scores(hits / len(given), sum(answer not in known for answer in given) / len(given))
+    hits = invalid = 0
+    for answer, wanted in zip(answers, right, strict=True):
+        given = normalised(answer)
+        hits += given == normalised(wanted)
+        invalid += given not in known
+    return Scores(hits / len(answers), invalid / len(answers))
 
 
 def greedy_answers(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], most: int, *, batch: int = 16
 ) -> list[str]:
-    """Decode an answer to each prompt by the likeliest token each time, up to the first line break.
+    """Decode an answer to each prompt greedily, up to the first line break.
 
     Args:
         model: A causal language model; its mode and generation settings are restored.
         tokenizer: Its tokenizer; unchanged.
         prompts: Token ids of each prompt, at least one.
         most: Largest number of new tokens.
-        batch: Prompts that are decoded at a time.
+        batch: Prompts to decode at a time.
 
     Returns:
         An answer for each prompt.
     """
-    eos = tokenizer.eos_token_id
-    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if pad is None:
+        pad = eos
+    # Prompts of like length in a batch need little padding.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     answers = [""] * len(prompts)
     with evaluating(model):
@@ -84,9 +91,10 @@ def greedy_answers(
                 criteria=[_LineEnd(tokenizer)],
             )
             for row, ids in zip(rows, found, strict=True):
-                # Not every tokenizer takes its end of text for a special token, which decoding would skip.
-                ended = ids[-1:] == [eos]
-                text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+                # `skip_special_tokens` does not drop an end of text that is an ordinary token of the vocabulary.
+                if ids[-1:] == [eos]:
+                    ids = ids[:-1]
+                text = tokenizer.decode(ids, skip_special_tokens=True)
                 answers[row] = text.split("\n")[0].strip()
     return answers
 
@@ -94,13 +102,14 @@ def greedy_answers(
 # `stop_strings=["\n"]` of transformers does the same, but reads the vocabulary in each call of `generate`. With 32,000
 # tokens that takes 180 ms, longer than a batch of short answers.
 class _LineEnd(StoppingCriteria):
-    """Ends each row at its first line break."""
+    """End each row at its first line break."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """Tell which rows end, bool [b]. A line break is one byte, so one token holds it."""
+        """Return which rows end, bool [b]."""
+        # A line break is one byte, so one token holds it, and the last token is enough to look at.
         texts = self._tokenizer.batch_decode(input_ids[:, -1:])
         return torch.tensor(["\n" in text for text in texts], device=input_ids.device)
 
@@ -129,7 +138,12 @@ def likeliest_answers(
     values = [0.0] * len(rows)
     with evaluating(model):
         for batch in batches_by_length([row.ids for row in rows], batch_tokens):
-            for place, found in zip(batch, log_likelihoods(model, [rows[place] for place in batch]), strict=True):
-                values[place] = found / (len(rows[place].ids) - rows[place].start)
-    by_prompt = [values[start : start + len(options)] for start in range(0, len(rows), len(options))]
-    return [scores.index(max(scores)) for scores in by_prompt]
+            sums = log_likelihoods(model, [rows[place] for place in batch])
+            for place, value in zip(batch, sums, strict=True):
+                # The mean: a sum would favour the shorter label.
+                values[place] = value / (len(rows[place].ids) - rows[place].start)
+    chosen = []
+    for start in range(0, len(rows), len(options)):
+        scores = values[start : start + len(options)]
+        chosen.append(scores.index(max(scores)))
+    return chosen

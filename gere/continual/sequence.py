@@ -1,4 +1,4 @@
-"""One model over a sequence of tasks: train one, evaluate all, and resume where a kill left it."""
+"""One model over a sequence of tasks: train one, evaluate all, and resume after a kill."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from transformers import set_seed
 from gere._files import file_sha256, make_folder
 from gere.config import require
 from gere.continual.answers import Scores, greedy_answers, likeliest_answers, score
-from gere.continual.folder import RunFolder
-from gere.continual.matrix import Matrix, read_matrix
+from gere.continual.folder import Matrix, RunFolder, read_matrix
 from gere.continual.settings import SequenceSettings, require_name, settings_of
 from gere.continual.tasks import Task, answer_ids, encode, prompt_ids, read_tasks
 from gere.continual.trainers import (
@@ -72,8 +71,9 @@ def run(
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder. The system releases the lock of a killed process."""
+    """Keep other processes out of a run folder."""
     try:
+        # The system releases this lock when its process is killed. A file that merely exists would stay.
         lock = FileLock(out / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
@@ -99,7 +99,7 @@ class _Sequence:
         names = [task.name for task in self._tasks]
         self._rounds = [MULTITASK] if settings.mode == MULTITASK else names
         self._folder = RunFolder(Path(settings.out), self._rounds)
-        self._texts = [] if settings.general is None else _texts(Path(settings.general), settings.general_rows)
+        self._texts = _general_texts(settings)
         self._matrix = read_matrix(self._folder.path) or Matrix(names)
 
     def run(self) -> Matrix:
@@ -113,11 +113,13 @@ class _Sequence:
         if not self._matrix.general:
             self._evaluate(None)
         done = len(self._matrix.accuracy)
+        # A kill may have come after the matrix was written and before the folder was cleaned up.
         for index in range(done):
             self._folder.clean_up(index)
         for index in range(done, len(self._rounds)):
             if self._folder.model(index) is None:
                 self._train(index)
+            # Before the matrix: with the last task in it, a resumed run has nothing left to do.
             self._folder.write_logs(index)
             self._evaluate(index)
             self._folder.clean_up(index)
@@ -126,6 +128,8 @@ class _Sequence:
     def _content(self) -> dict[str, Any]:
         """Collect what tells this sequence from others."""
         settings = dataclasses.asdict(self._settings)
+        # Another path may lead to the same folder.
+        del settings["out"]
         name = settings.pop("name") or self._folder.path.resolve().name
         files = [path for task in self._tasks for path in task.files]
         return {
@@ -133,23 +137,23 @@ class _Sequence:
             "seed": settings["seed"],
             "tasks": [task.name for task in self._tasks],
             "files": {path.name: file_sha256(path) for path in files},
-            "settings": {key: value for key, value in settings.items() if key != "out"},
+            "settings": settings,
         }
 
     def _train(self, index: int) -> None:
         """Train a task from its last checkpoint, or from the model of the task before it, and keep the model."""
-        folder = self._folder.task(index)
-        args = training_arguments(self._settings, folder, index)
-        set_seed(self._settings.seed)  # a new adapter is random
-        model = load_model(self._settings, self._folder.model(index - 1))
-        most = self._settings.max_length
-        tasks = self._tasks if self._settings.mode == MULTITASK else [self._tasks[index]]
-        rows = [encode(self._tokenizer, row, most) for task in tasks for row in task.train]
-        extra = factory_settings(self._settings, self._folder.path)
+        settings = self._settings
+        args = training_arguments(settings, self._folder.task(index), index)
+        # Before the model is loaded: a new adapter is random.
+        set_seed(settings.seed)
+        model = load_model(settings, self._folder.model(index - 1))
+        tasks = self._tasks if settings.mode == MULTITASK else [self._tasks[index]]
+        rows = [encode(self._tokenizer, row, settings.max_length) for task in tasks for row in task.train]
+        extra = factory_settings(settings, self._folder.path)
         trainer = self._make_trainer(model, self._tokenizer, rows, args, **extra)
         checkpoint = self._folder.checkpoint(index)
         logger.info("%s: %d rows, from %s", self._rounds[index], len(rows), checkpoint or "the start")
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         trainer.save_state()
         self._folder.keep(index, trainer.save_model)
         # Trainer and model refer to each other, and the next model needs the memory of the GPU.
@@ -158,26 +162,27 @@ class _Sequence:
 
     def _evaluate(self, index: int | None) -> None:
         """Evaluate the saved model of a task, or for `None` the base model, and write the matrix."""
-        settings = self._settings
-        device = training_arguments(settings, self._folder.path).device
-        set_seed(settings.seed)
+        saved = None if index is None else self._folder.model(index)
+        device = training_arguments(self._settings, self._folder.path).device
+        set_seed(self._settings.seed)
         # Loaded from disk even after a training, so that a resumed run evaluates the very same model.
-        model = load_model(settings, None if index is None else self._folder.model(index)).to(device)
-        if index is not None:
-            self._matrix.add(self._scores(model), self._general(model))
+        model = load_model(self._settings, saved).to(device)
+        scores = []
+        if index is not None or self._settings.before:
+            scores = [self._score(model, task) for task in self._tasks]
+        general = self._general(model)
+        if index is None:
+            self._matrix.begin(scores, general)
         else:
-            self._matrix.begin(self._scores(model) if settings.before else None, self._general(model))
+            self._matrix.add(scores, general)
         self._matrix.write(self._folder.path)
-
-    def _scores(self, model: Any) -> list[Scores]:
-        return [self._score(model, task) for task in self._tasks]
 
     def _score(self, model: Any, task: Task) -> Scores:
         settings, tokenizer = self._settings, self._tokenizer
-        options = [answer_ids(tokenizer, label) for label in task.labels]
         longest = self._most_new(task)
         prompts = [prompt_ids(tokenizer, row, settings.max_length - longest) for row in task.dev]
         if settings.answers == "likelihood":
+            options = [answer_ids(tokenizer, label) for label in task.labels]
             chosen = likeliest_answers(model, tokenizer, prompts, options)
             answers = [task.labels[place] for place in chosen]
         else:
@@ -187,7 +192,7 @@ class _Sequence:
         return scores
 
     def _most_new(self, task: Task) -> int:
-        """Tokens of the longest label, and the one that ends it."""
+        """Count the tokens of the longest label, and the one that ends it."""
         return max(len(answer_ids(self._tokenizer, label)) for label in task.labels) + 1
 
     def _general(self, model: Any) -> dict[str, float]:
@@ -202,14 +207,18 @@ class _Sequence:
 
 def _ability(settings: SequenceSettings) -> Measure | None:
     """Make the measure that the section `ability` asks for."""
+    if not settings.ability:
+        return None
     known = [name for name in inspect.signature(GeneralAbilityCallback).parameters if name != "texts"]
     for name in settings.ability:
         require_name(name, known, "ability")
-    return GeneralAbilityCallback(**settings.ability).measure if settings.ability else None
+    return GeneralAbilityCallback(**settings.ability).measure
 
 
-def _texts(path: Path, size: int | None) -> list[str]:
-    """Read general texts from a file, by the rules of replay files."""
-    texts = read_file(path, "text")[:size]
-    require(None not in texts, "general", f"a text in each record of {path}", None)
+def _general_texts(settings: SequenceSettings) -> list[str]:
+    """Read the held-out general texts, by the rules of replay files."""
+    if settings.general is None:
+        return []
+    texts = read_file(Path(settings.general), "text")[: settings.general_rows]
+    require(None not in texts, "general", f"a text in each record of {settings.general}", None)
     return [str(text) for text in texts]

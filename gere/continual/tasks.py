@@ -54,11 +54,7 @@ class Task(NamedTuple):
 
 
 def read_tasks(settings: SequenceSettings) -> list[Task]:
-    """Read the tasks of a sequence.
-
-    Raises:
-        ConfigError: As `read_task`, or if two tasks have the same name.
-    """
+    """Read the tasks of a sequence, and refuse two of one name."""
     tasks = [read_task(entry, settings) for entry in settings.tasks]
     names = [task.name for task in tasks]
     require(len({*names}) == len(names), "tasks", "tasks of different names", names)
@@ -70,7 +66,7 @@ def read_task(entry: Any, settings: SequenceSettings) -> Task:
 
     Args:
         entry: A name, the path of its training file, or a mapping of `train`, `dev`, `name` and `labels`.
-        settings: `task_dir`, and the choice of rows.
+        settings: Settings with `task_dir` and the choice of rows.
 
     Raises:
         ConfigError: If a file cannot be read, a row lacks a field, or labels cannot be told apart.
@@ -78,11 +74,13 @@ def read_task(entry: Any, settings: SequenceSettings) -> Task:
     given = _paths(entry, settings.task_dir)
     files = (Path(given["train"]), Path(given["dev"]))
     name = str(given.get("name") or files[0].name.removesuffix(".jsonl").removesuffix(".train"))
-    train, dev = map(_read_rows, files)
-    labels = tuple(map(str, given.get("labels") or sorted({row.output for row in [*train, *dev]})))
+    train, dev = _read_rows(files[0]), _read_rows(files[1])
+    labels = given.get("labels") or sorted({row.output for row in [*train, *dev]})
+    # YAML reads a label such as yes or 1 as another type.
+    labels = tuple(map(str, labels))
     _require_labels(name, labels, dev)
     if settings.rows is not None and settings.rows < len(train):
-        # By the name too, so that a task has the same rows in every order of tasks.
+        # By the name, not by the place: a task has the same rows in every order of tasks.
         train = random.Random(f"{settings.seed} {name}").sample(train, settings.rows)  # noqa: S311
     dev = dev[settings.dev_skip :][: settings.dev_rows]
     require(len(dev) > 0, "dev_skip", f"less than the rows of {files[1]}", settings.dev_skip)
@@ -125,9 +123,12 @@ def _row(record: Any, line: int) -> TaskRow:
     for name in ("input", "output"):
         # `str(None)` would make a label "None" of it.
         if record.get(name) is None:
-            raise ValueError(f"line {line} of the file: {name} is {'null' if name in record else 'missing'}")
+            fault = "null" if name in record else "missing"
+            raise ValueError(f"line {line} of the file: {name} is {fault}")
     instruction = record.get("instruction")
-    return TaskRow("" if instruction is None else str(instruction), str(record["input"]), str(record["output"]))
+    if instruction is None:
+        instruction = ""
+    return TaskRow(str(instruction), str(record["input"]), str(record["output"]))
 
 
 def _require_labels(name: str, labels: Sequence[str], dev: Sequence[TaskRow]) -> None:
@@ -140,37 +141,28 @@ def _require_labels(name: str, labels: Sequence[str], dev: Sequence[TaskRow]) ->
 
 
 def prompt_ids(tokenizer: Any, row: TaskRow, most: int) -> list[int]:
-    """Tokenise a prompt. A long one loses its middle, and keeps its instruction and its end.
-
-    Args:
-        tokenizer: The tokenizer.
-        row: The row.
-        most: Largest number of tokens.
-    """
+    """Tokenise a prompt. One with more than `most` tokens keeps its instruction and its end."""
     ids = list(tokenizer(row.prompt, verbose=False)["input_ids"])
+    # Some tokenizers end every text, and the answer comes after this one.
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()  # some tokenizers end every text, and the answer comes after this one
+        ids.pop()
     if len(ids) <= most:
         return ids
     head = 0
     if row.instruction:
+        # At most half of the room, so that a long instruction leaves some of the end.
         head = min(len(tokenizer(row.instruction, verbose=False)["input_ids"]), most // 2)
     return ids[:head] + ids[len(ids) - (most - head) :]
 
 
 def answer_ids(tokenizer: Any, answer: str) -> list[int]:
     """Tokenise an answer as it follows a prompt, without the token that ends it."""
+    # A word after a space is another token than at the beginning of a text.
     return list(tokenizer(f" {answer}", add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def encode(tokenizer: Any, row: TaskRow, most: int) -> dict[str, list[int]]:
-    """Make a training row: prompt, answer, end of text. Only the last two have labels.
-
-    Args:
-        tokenizer: The tokenizer.
-        row: The row.
-        most: Largest number of tokens.
-    """
+    """Make a training row of at most `most` tokens: prompt, answer, end of text. Only the last two have labels."""
     answer = [*answer_ids(tokenizer, row.output), tokenizer.eos_token_id][:most]
     prompt = prompt_ids(tokenizer, row, most - len(answer))
     ids = prompt + answer

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, load_tiny
+from conftest import DATA, ROOT, TINY, load_tiny
 
 from gere import GeReConfig
 from gere.cli.main import main
@@ -167,3 +167,12 @@ def test_errors_by_name(tmp_path, write, capsys):
     assert "fine-tuned from a base model" in said and "gere_anchor.json" in said
     with pytest.raises(SystemExit):
         main(["replay"])
+
+
+def test_options_are_short_for_settings(capsys):
+    source = f"{DATA / 'general.jsonl'}=5"
+    outputs = []
+    for words in (["--max-length", "7"], ["--set", "max_length=7"]):
+        assert main(["replay", "--source", source, "--tokenizer", str(TINY), *words]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and "longer than 7 tokens" in outputs[0]

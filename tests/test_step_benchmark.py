@@ -9,8 +9,8 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
 from benchmarks.lib.pair import SIDES, Pair
-from benchmarks.step import memory_of_both, one_side, parse_arguments, time_both
 from benchmarks.lib.turns import DATA, FORWARD, LOSS, OTHER, Clock, Turns, together
+from benchmarks.step import memory_of_both, one_side, parse_arguments, time_both
 
 
 @pytest.fixture

@@ -17,14 +17,22 @@ if TYPE_CHECKING:
     from gere.cli.replay_stats import Record
 
 HUB = "hub"
+# Options that are short for `--set NAME=VALUE`.
+SHORT = {
+    "--max-length": "max_length",
+    "--column": "replay_column",
+    "--split": "replay_split",
+    "--prompt": "self_prompt",
+    "--temperature": "self_temperature",
+    "--top-p": "self_top_p",
+    "--batch-size": "self_batch_size",
+    "--seed": "self_seed",
+}
 SOURCE_HELP = (
     "self (texts that --model samples), hub (DKYoon/SlimPajama-6B), a file, a folder or a hub name, and the number of "
     "its texts; can be repeated"
 )
-SET_HELP = (
-    "a setting of GeReConfig, such as max_length=256; also replay_column, replay_split, add_bos, and for the source "
-    "self self_prompt, self_temperature, self_top_p, self_batch_size, self_seed; can be repeated"
-)
+SET_HELP = "a setting of GeReConfig, such as add_bos=true; can be repeated"
 SAVING_HELP = "gere_hidden_state_saving_dir: find and keep texts of the model and of the hub there, as a training does"
 
 
@@ -38,6 +46,9 @@ def add_replay(commands: Any) -> None:
     add("--tokenizer", help="folder or hub name of the tokenizer (default: that of --model); it counts the tokens")
     add("--size", type=int, help="texts of each source without a number (default: all of a file, else 1,000)")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help=SET_HELP)
+    for option, name in SHORT.items():
+        word = f"{name}={{}}".format
+        add(option, dest="set", action="append", type=word, metavar="VALUE", help=f"short for --set {name}=VALUE")
     add("--device", help="where the model runs (default: cuda if there is one, else cpu)")
     add("--dtype", choices=DTYPES, help="precision of the model (default: float32 on a CPU, else that of its files)")
     add("--saving-dir", type=Path, help=SAVING_HELP)

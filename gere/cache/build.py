@@ -54,8 +54,8 @@ def build_anchor(
         if plan.strategy.constants_file:
             noise = measure_noise(partial, plan, distil, ranks)
         parts = [Part(partial, number, batches, plan) for number, batches in enumerate(parts_of(plan, width))]
-        owners = distil_parts(parts, plan, distil, ranks, progress=progress)
-        encode(partial, plan, parts, owners, noise, ranks, leads=leads)
+        distil_parts(parts, plan, distil, ranks, progress=progress)
+        encode(partial, plan, parts, noise, ranks, leads=leads)
     # A disk that lacks what another one has complete gets a copy of that, by `spread_anchor`.
     done = leads and (complete[ranks.index] or not any(complete))
     ranks.only(done, lambda: _publish(partial, folder))

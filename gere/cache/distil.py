@@ -35,6 +35,7 @@ class Part:
         self.batches = batches
         self.tokens = sum(len(plan.rows[row]) for batch in batches for row in batch)
         self.path = partial / f"part-{number:05d}.safetensors"
+        self.owner = 0  # the rank that has or evaluates it, set by `distil_parts`
         self._plan = plan
         self._ce: list[Tensor] = []
         self._kept: list[Tensors] = []
@@ -129,12 +130,13 @@ def _apart(tensors: Mapping[str, Tensor]) -> Tensors:
     return {name: values.cpu().clone() for name, values in tensors.items()}
 
 
-def distil_parts(parts: Sequence[Part], plan: BuildPlan, distil: Distil, ranks: Ranks, *, progress: bool) -> list[int]:
-    """Make the parts that no disk has yet, and return the rank that has each part."""
+def distil_parts(parts: Sequence[Part], plan: BuildPlan, distil: Distil, ranks: Ranks, *, progress: bool) -> None:
+    """Make the parts that no disk has yet, and set the owner of each."""
     owners, stored = deal(ranks.ask(lambda: [part.is_stored() for part in parts]))
     queues: list[list[tuple[Part, list[int]]]] = [[] for _ in range(ranks.count)]
     left = 0
     for part, owner, there in zip(parts, owners, stored, strict=True):
+        part.owner = owner
         if not there:
             left += part.tokens
             queues[owner] += [(part, batch) for batch in part.batches]
@@ -160,7 +162,6 @@ def distil_parts(parts: Sequence[Part], plan: BuildPlan, distil: Distil, ranks: 
             one_batch(turn[ranks.index])
             for _, batch in filter(None, turn):
                 bar.update(sum(len(plan.rows[row]) for row in batch))
-    return owners
 
 
 def _run(ranks: Ranks, forward: Callable[[], T]) -> T:

@@ -23,19 +23,13 @@ T = TypeVar("T")
 
 
 def encode(
-    partial: Path,
-    plan: BuildPlan,
-    parts: Sequence[Part],
-    owners: Sequence[int],
-    noise: Tensor | None,
-    ranks: Ranks,
-    leads: bool,
+    partial: Path, plan: BuildPlan, parts: Sequence[Part], noise: Tensor | None, ranks: Ranks, *, leads: bool
 ) -> None:
     """Write shards, constants, index and manifest of an anchor; each rank encodes the parts that it owns.
 
     `noise` is the largest change of what is kept by rounding, [d]; `None` if the strategy has no constants.
     """
-    mine = [part for part, owner in zip(parts, owners, strict=True) if owner == ranks.index]
+    mine = [part for part in parts if part.owner == ranks.index]
     strategy = plan.strategy
     constants: Tensors = {}
     if noise is not None:
@@ -45,8 +39,8 @@ def encode(
     )
     shards: dict[str, tuple[str, int]] = {}
     if strategy.kind:
-        for number, (part, owner) in enumerate(zip(encoded, owners, strict=True)):
-            shards[shard_name(strategy.kind, number)] = part.digest, owner
+        for part, made in zip(parts, encoded, strict=True):
+            shards[shard_name(strategy.kind, part.number)] = made.digest, part.owner
     # All shards are on every disk before its manifest says so.
     spread_files(partial, shards, ranks, leads=leads)
     digests = {name: digest for name, (digest, _) in shards.items()}

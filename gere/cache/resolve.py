@@ -26,20 +26,6 @@ from gere.ranks import ALONE, Ranks
 LOCK_SECONDS = 2.0
 logger = logging.getLogger("gere")
 
-FIX_NAMED = (
-    "Restore the setting; or, from the base model, build an anchor with the new settings (one step is enough) and set "
-    "gere_config.anchor to its key."
-)
-FIX_WEIGHTS = (
-    "Start from the base model that the anchor belongs to; if this model was fine-tuned from it, set "
-    "gere_config.anchor to the anchor's key; for a new base model use another gere_hidden_state_saving_dir, or "
-    "reuse_gere_hidden_state=False to build a second anchor in this one."
-)
-FIX_SETTING = (
-    "Restore the setting, use another gere_hidden_state_saving_dir, or set reuse_gere_hidden_state=False to build "
-    "a second anchor in this one."
-)
-
 
 def folder_lock(root: Path) -> FileLock:
     """Return the lock that one run holds while it builds or removes anchors in a cache folder."""
@@ -176,7 +162,11 @@ def _open_same(root: Path, folder: Path, fields: Mapping[str, str]) -> Anchor:
         raise _missing(root, folder)
     anchor = open_whole(folder)
     # Compare `fields` alone: those of a fine-tuned model lack the weights, which the anchor has.
-    _require_same(fields, {name: anchor.fields.get(name, "") for name in fields}, folder, FIX_NAMED)
+    fix = (
+        "Restore the setting; or, from the base model, build an anchor with the new settings (one step is enough) and "
+        "set gere_config.anchor to its key."
+    )
+    _require_same(fields, {name: anchor.fields.get(name, "") for name in fields}, folder, fix)
     return anchor
 
 
@@ -204,9 +194,16 @@ def _refuse_others(root: Path, fields: Mapping[str, str]) -> None:
     if not others:
         return
     nearest, found = min(others, key=lambda other: len(differences(fields, other[1])))
-    fix = FIX_SETTING
+    fix = (
+        "Restore the setting, use another gere_hidden_state_saving_dir, or set reuse_gere_hidden_state=False to build "
+        "a second anchor in this one."
+    )
     if "weights" in differences(fields, found):
-        fix = FIX_WEIGHTS
+        fix = (
+            "Start from the base model that the anchor belongs to; if this model was fine-tuned from it, set "
+            "gere_config.anchor to the anchor's key; for a new base model use another gere_hidden_state_saving_dir, "
+            "or reuse_gere_hidden_state=False to build a second anchor in this one."
+        )
     _require_same(fields, found, nearest, fix)
 
 

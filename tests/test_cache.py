@@ -24,10 +24,7 @@ from gere.cache import (
     Anchor,
     BuildPlan,
     Distilled,
-    Losses,
-    MeanStd,
     Moments,
-    Regions,
     build_anchor,
     mean_std_bands,
     open_named,
@@ -39,6 +36,7 @@ from gere.cache import (
 from gere.cache.fingerprint import key_of
 from gere.cache.store import read_manifest
 from gere.errors import CacheCorruptError, CacheFolderError, CacheMismatchError, NonFiniteStateError
+from gere.losses.strategy import make_strategy
 from gere.model.batching import batches_by_length
 
 DIM = 32
@@ -72,7 +70,7 @@ def plan_of(rows, **changes):
     settings_ = {
         "fields": {"weights": "w", "texts": "t"},
         "rows": rows,
-        "target": Regions([1], 1, [MeanStd(1.0, 1e-3)]),
+        "strategy": make_strategy("tm", {}, depth=1, live=False, half=False),
         "batch_tokens": 64,
     }
     return BuildPlan(**{**settings_, **changes})
@@ -135,7 +133,8 @@ def test_bytes_on_disk_are_two_bits_an_element(tmp_path):
 
 def test_ce_strategy_stores_no_regions(tmp_path):
     rows = toy_rows()
-    build_anchor(tmp_path / "anchor-a", plan_of(rows, target=Losses()), ToyModel(), progress=False)
+    ce = make_strategy("ce", {}, depth=1, live=False, half=False)
+    build_anchor(tmp_path / "anchor-a", plan_of(rows, strategy=ce), ToyModel(), progress=False)
     stored = Anchor(tmp_path / "anchor-a")
     assert stored.dim == 0 and stored.base_ce.tolist() == [float(sum(row)) for row in rows]
     assert sorted(path.name for path in stored.folder.iterdir()) == ["manifest.json", "rows.safetensors"]

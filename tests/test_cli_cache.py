@@ -388,7 +388,7 @@ def test_what_is_no_cache_folder(command, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for name in ("nothing", "file", "empty"):
         status, shown, error = run(f"cache {command} {tmp_path / name}", capsys)
-        assert status == 1 and not shown and "CacheMissingError: This is no folder of anchors" in error
+        assert status == 1 and not shown and "CacheMissingError: This is not a folder of anchors" in error
     assert not list((tmp_path / "empty").iterdir())
 
 
@@ -484,7 +484,7 @@ def test_gc_removes_nothing_if_a_run_cannot_say_what_it_needs(damage, cache, tmp
 
 
 def test_gc_refuses_a_folder_in_which_an_anchor_is_built(cache, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gere.cache.gc.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("gere.cache.resolve.LOCK_SECONDS", 0.1)
     root, _ = cache
     before = content(root)
     with FileLock(root / ".lock"):

@@ -22,7 +22,8 @@ from gere.losses.strategy import Tensors
 from gere.model.batching import shortest_row
 from gere.ranks import Ranks
 
-NOISE_ROWS = 8
+# Rows that are evaluated twice to measure the noise of rounding: at most one in 32, since each costs as much again.
+NOISE_ROWS, NOISE_SHARE = 8, 1 / 32
 
 T = TypeVar("T")
 
@@ -98,7 +99,8 @@ def measure_noise(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) 
     # Kernels round differently for other shapes. An element on the edge of its region would then seem violated on the
     # untouched model, and `w_strategy="dy"` would pull at it as hard as the cross-entropy does.
     longest = max(plan.rows, key=len)
-    count = max(1, min(NOISE_ROWS, plan.batch_tokens // len(longest) - 1))
+    wanted = min(NOISE_ROWS, int(NOISE_SHARE * len(plan.rows)))
+    count = max(1, min(wanted, plan.batch_tokens // len(longest) - 1))
     by_length = sorted(plan.rows, key=len)
     rows = by_length[:: max(1, len(by_length) // count)][:count]
     path = partial / "noise-part.safetensors"

@@ -6,7 +6,6 @@ An anchor is a folder of these files; `manifest.json` is written last and names 
 |---|---|
 | `rows.safetensors` | `tokens` int32 [n], `base_ce` float32 [n]; with shards `shard` int32 [n], `start` int64 [n] |
 | `bands.safetensors` | for regions: `lower`, `upper`, `tolerance`, float32 [d], of several layers [l, d] |
-| `noise.safetensors` | for states and logits: `tolerance`, float32 [d] and [1] |
 | `regions-NNNNN.safetensors` | `codes` uint8 [tokens of the shard, ceil(d / 4)], of several layers [.., l, ..] |
 | `states-NNNNN.safetensors` | `state` bfloat16 [tokens of the shard, d] |
 | `logits-NNNNN.safetensors` | `ids` int32 and `log_probs` float32 [tokens of the shard, k], `rest` float32 [tokens] |
@@ -30,6 +29,7 @@ from gere.cache.fingerprint import FORMAT_VERSION, key_of
 from gere.errors import CacheCorruptError, CacheMismatchError
 
 MANIFEST, ROWS = "manifest.json", "rows.safetensors"
+# Anchors of states and of logits from before version 0.2 have the second file, which nothing reads any more.
 CONSTANTS = ("bands.safetensors", "noise.safetensors")
 PARTIAL, RETIRED = ".partial", ".retired"  # after the name of an anchor: a build, and what a new build replaced
 

@@ -11,8 +11,8 @@ from gere.config import DTYPES
 
 ABOUT_GC = (
     "List, and with --yes remove: anchors that no run under the folders of --runs names, unfinished builds, what "
-    "killed runs left, and kept texts that no anchor is made from. A training names its anchor when it first saves: "
-    "keep the anchor of one that has not saved yet by --keep."
+    "killed runs left, and kept texts that no anchor is made from. A training names its anchor in its output folder "
+    "as soon as it begins."
 )
 
 

@@ -1,4 +1,4 @@
-"""What it costs to make an anchor: gere against the plainest way, by processes, by size, and in memory.
+"""Measure the cost of making an anchor: against the plainest way, by processes, by size, and in memory.
 
     python -m benchmarks.anchor --model MODEL --texts general.jsonl --count 24
 
@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,15 +59,11 @@ def speed(setup: Setup, options: argparse.Namespace, folder: Path) -> str:
         ratio = ratios([made.seconds for made in plain], [made.seconds for made in sides]).show(2)
         work = sides[0].work
         per_second = spread([flops * work["tokens"] / made.seconds / 1e9 for made in sides]).median
-        counts = [f"{work[kind] / real:.2f}" for kind in ("tokens", "logits")] + [str(work["forwards"])]
-        speed = f"{per_second:.0f}"
-        return [
-            name,
-            rate,
-            ratio,
-            *([*counts, speed] if noise else [""] * 4),
-            f"{sides[0].size / len(rows):.0f}",
-        ]
+        counts = [""] * 4
+        if noise:
+            shares = [f"{work[kind] / real:.2f}" for kind in ("tokens", "logits")]
+            counts = [*shares, str(work["forwards"]), f"{per_second:.0f}"]
+        return [name, rate, ratio, *counts, f"{sides[0].size / len(rows):.0f}"]
 
     head = ("way", "texts a second", "ratio", "tokens", "logits", "forwards", "GFLOP/s", "bytes a text")
     lines = [line("plain", plain), line("gere", ours), line("gere, noise apart", without, noise=False)]
@@ -91,28 +88,23 @@ def growth(setup: Setup, options: argparse.Namespace, folder: Path) -> str:
     """Seconds by texts, length and vocabulary, with the measurement of the noise apart."""
     count, longest = options.count, options.max_length
     model, rows = setup.load(), setup.rows(count)
-    cases = {
-        "texts": [(size, model, setup.rows(size)) for size in (count // 4, count // 2, count)],
-        "length": [
-            (cut, model, [_stretched(row, cut) for row in rows]) for cut in (longest // 4, longest // 2, longest)
-        ],
-        "vocabulary": [
-            (size, random.load(), random.rows(count))
-            for size in VOCABULARIES
-            for random in [setup._replace(model="", vocabulary=size)]
-        ],
-    }
+    cases: list[tuple[str, int, Any, list[list[int]]]] = []
+    for size in (count // 4, count // 2, count):
+        cases.append(("texts", size, model, setup.rows(size)))
+    for cut in (longest // 4, longest // 2, longest):
+        cases.append(("length", cut, model, [_stretched(row, cut) for row in rows]))
+    for size in VOCABULARIES:
+        random = setup._replace(model="", vocabulary=size)
+        cases.append(("vocabulary", size, random.load(), random.rows(count)))
+    first: dict[str, tuple[float, float]] = {}
     lines = []
-    for name, points in cases.items():
-        first: tuple[float, float] | None = None
-        for size, own, texts in points:
-            made = [
-                build(own, texts, folder / f"{name}-{size}-{turn}", setup.clock) for turn in range(options.repeats)
-            ]
-            seconds = spread([one.seconds - one.fixed for one in made])
-            first = first or (size, seconds.median)
-            linear = seconds.median / first[1] / (size / first[0])
-            lines.append([name, size, made[0].work["tokens"], seconds.show(2), f"{linear:.2f}"])
+    for name, size, own, texts in cases:
+        folders = [folder / f"{name}-{size}-{turn}" for turn in range(options.repeats)]
+        made = [build(own, texts, into, setup.clock) for into in folders]
+        seconds = spread([one.seconds - one.fixed for one in made])
+        least, of_least = first.setdefault(name, (size, seconds.median))
+        linear = seconds.median / of_least / (size / least)
+        lines.append([name, size, made[0].work["tokens"], seconds.show(2), f"{linear:.2f}"])
     return table(("what grows", "size", "tokens", "s", "over linear"), lines)
 
 
@@ -121,7 +113,7 @@ def _stretched(row: list[int], length: int) -> list[int]:
 
 
 def memory(setup: Setup, options: argparse.Namespace, folder: Path) -> str:
-    """Peak memory of a process of its own by texts."""
+    """Peak memory of a fresh process, by number of texts."""
     lines = []
     for count in (options.count, 2 * options.count, 4 * options.count):
         peak, before = peak_bytes(setup, count, options.threads, folder)

@@ -26,7 +26,7 @@ from gere import BatchInsertionSampler
 from gere.sampler import parent_order
 
 
-def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Options of the command line; the defaults are those of the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -39,7 +39,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--micro-batch-size", type=int, default=4)
     add("--replay-per-batch", type=int, default=4, help="0 for no batch insertion")
     add("--steps", type=int, default=60)
-    return parser.parse_args(words)
+    return parser.parse_args()
 
 
 def shares(

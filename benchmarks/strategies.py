@@ -85,7 +85,7 @@ def settings(options: argparse.Namespace) -> Iterator[Setting]:
 
 
 def scene_of(options: argparse.Namespace) -> Scene:
-    """What all points share."""
+    """Read what all points share."""
     texts = [row["text"] for row in read_jsonl(options.general_file)]
     return Scene(
         model=options.model,
@@ -149,7 +149,7 @@ def require_same_scene(path: Path, scene: Scene) -> None:
 
 
 def key_of(run: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells one run from another."""
+    """Tell one run from another."""
     return tuple(run[field.name] for field in dataclasses.fields(Setting))
 
 

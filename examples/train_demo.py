@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from gere import GeReConfig, GeReTrainer, general_loss
+from gere import GeneralAbilityCallback, GeReConfig, GeReTrainer
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 HERE = Path(__file__).resolve().parent
@@ -43,18 +43,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--replay-per-batch", type=int, default=4, help="replay rows of an optimizer step")
     add("--w-strategy", default="auto", help="weight of the distance to the base model: auto, a number or dy")
     add("--learning-rate", type=float, default=5e-3)
-    add("--task-rows", type=int, default=0, help="use so many of the shortest task rows, 0 for all")
+    add("--task-rows", type=int, default=0, help="use only the N shortest task rows, 0 for all")
     add("--task-dev-rows", type=int, default=64, help="task rows held out for the task loss")
     add("--task-length", type=int, default=256, help="longest task row in tokens")
-    add("--replay-rows", type=int, default=0, help="use so many replay texts, 0 for all")
+    add("--replay-rows", type=int, default=0, help="use only the first N replay texts, 0 for all")
     add("--replay-length", type=int, default=160, help="longest replay row in tokens")
-    add("--heldout-rows", type=int, default=0, help="use so many held-out texts, 0 for all")
+    add("--heldout-rows", type=int, default=0, help="use only the first N held-out texts, 0 for all")
     add("--bf16", action="store_true", help="train under bfloat16 autocast")
     add("--seed", type=int, default=0)
     add("--out", default=None, help="folder for the anchor and the trainers' files (default: a temporary one)")
     add("--cpu", action="store_true", help="use the CPU")
-    add("--deepspeed", default=None, help="DeepSpeed config; run_multi_gpu.sh sets it")
-    add("--fsdp2", action="store_true", help="shard the model by FSDP2; run_multi_gpu.sh sets it")
     add(
         "--warm-up-steps",
         type=int,
@@ -114,16 +112,11 @@ def arguments(options: argparse.Namespace, folder: Path, **changes: Any) -> Trai
     return TrainingArguments(**{**settings, **changes})
 
 
-def sharding(options: argparse.Namespace) -> dict[str, Any]:
-    """Training arguments that spread the model over processes."""
-    if options.deepspeed:
-        import deepspeed
-
-        deepspeed.init_distributed("gloo" if options.cpu else None)
-        return {"deepspeed": options.deepspeed}
-    if options.fsdp2:
-        return {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}}
-    return {}
+def working_folder() -> Path:
+    """A new folder, which the processes of one machine share."""
+    if RANKS == 1:
+        return Path(tempfile.mkdtemp(prefix="gere-demo-"))
+    return Path(tempfile.gettempdir()) / f"gere-demo-{os.getppid()}-{os.environ['MASTER_PORT']}"
 
 
 def end_processes(rubbish: Path | None) -> None:
@@ -152,6 +145,11 @@ def warm_up(options: argparse.Namespace, tokenizer: Any, texts: list[str], out: 
     return str(out / "warm-up" / "model")
 
 
+def logged(trainer: Trainer, key: str) -> list[float]:
+    """Values of the log: the first was measured before training."""
+    return [log[key] for log in trainer.state.log_history if key in log]
+
+
 def table(rows: Table, before: tuple[float, float]) -> str:
     head = f"{'':<14}{'task loss':>12}{'general loss':>14}{'forgetting':>12}{'seconds':>10}"
     lines = [head, "-" * len(head), f"{'base model':<14}{before[0]:>12.3f}{before[1]:>14.3f}{'':>12}{'':>10}"]
@@ -162,11 +160,7 @@ def table(rows: Table, before: tuple[float, float]) -> str:
 
 def main() -> None:
     options = parse_arguments()
-    run = os.environ.get("TORCHELASTIC_RUN_ID", "")  # the processes of one machine share a folder
-    out = Path(
-        options.out
-        or (Path(tempfile.gettempdir()) / f"gere-demo-{run}" if run else tempfile.mkdtemp(prefix="gere-demo-"))
-    )
+    out = Path(options.out) if options.out else working_folder()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     replay = [row["text"] for row in read(options.replay_file, options.replay_rows)]
@@ -180,14 +174,6 @@ def main() -> None:
     train = [row for index, row in enumerate(task) if index % step or index // step >= options.task_dev_rows]
     base = warm_up(options, tokenizer, replay, out)
 
-    def general(model: Any) -> float:
-        return general_loss(model, tokenizer, heldout, max_length=options.replay_length)
-
-    plain = Trainer(
-        load(base, tokenizer), arguments(options, out), DataCollatorForSeq2Seq(tokenizer), eval_dataset=dev
-    )
-    before = plain.evaluate()["eval_loss"], general(plain.model)
-    spread = sharding(options)
     rows = []
     for kind in (Trainer, GeReTrainer):
         name = kind.__name__
@@ -200,16 +186,20 @@ def main() -> None:
                 "gere_config": GeReConfig(replay_dataset=replay, max_length=options.replay_length),
             }
         trainer = kind(
-            model=load(base, tokenizer),
-            args=arguments(options, out / name, **spread),
+            args=arguments(options, out / name, eval_on_start=True),
+            model=load(base, tokenizer),  # after the arguments: only then ZeRO-3 splits it while loading
             data_collator=DataCollatorForSeq2Seq(tokenizer),
             train_dataset=train,
             eval_dataset=dev,
             processing_class=tokenizer,
+            callbacks=[GeneralAbilityCallback(heldout, max_length=options.replay_length)],
             **extra,
         )
         seconds = trainer.train().metrics["train_runtime"]
-        rows.append((name, trainer.evaluate()["eval_loss"], general(trainer.model), seconds))
+        trainer.evaluate()
+        task_loss, general = (logged(trainer, key) for key in ("eval_loss", "general/loss"))
+        before = task_loss[0], general[0]
+        rows.append((name, task_loss[-1], general[-1], seconds))
     if trainer.is_world_process_zero():
         show(options, rows, before, len(train), len(replay))
     end_processes(None if options.out else out)

@@ -18,10 +18,12 @@ from gere import GeReConfig
 from gere.cache import Anchor, build_anchor, unpack
 from gere.cache.base_model import BaseModel
 from gere.cache.plan import parts_of
+from gere.losses.strategy import make_strategy
 from gere.ranks import ALONE
-from gere.replay.rows import ReplaySet
+from gere.replay import ReplaySet
 from gere.session.anchor import ReadyModel, build_plan
 
+BATCH_TOKENS = GeReConfig().anchor_batch_tokens
 SETUP = Setup("", None, 64, "float32", "cpu")
 
 
@@ -42,11 +44,15 @@ class Spy(BaseModel):
         return super().__call__(rows)
 
 
-def make(folder, model, rows, **settings):
-    config = GeReConfig(replay_dataset=["rows are at hand"], **settings)
-    ready = ReadyModel(model, torch.device("cpu"), torch.no_grad, "mixed precision no", False, ALONE)
-    plan = build_plan(config, ready, ReplaySet(rows, 0, {}), {"texts": "t"})
-    base = Spy(model, 0, torch.device("cpu"), plan.target)
+def plan_of(model, rows, *, name="tm", device="cpu", batch_tokens=BATCH_TOKENS):
+    strategy = make_strategy(name, {}, depth=model.config.num_hidden_layers, live=False, half=False)
+    ready = ReadyModel(model, torch.device(device), torch.no_grad, "mixed precision no", ALONE)
+    return build_plan(batch_tokens, strategy, ready, ReplaySet(rows, 0, {}), {"texts": "t"})
+
+
+def make(folder, model, rows, name="tm"):
+    plan = plan_of(model, rows, name=name)
+    base = Spy(model, 0, torch.device("cpu"), plan.strategy)
     build_anchor(folder, plan, base, progress=False)
     return Anchor(folder), base.calls, plan
 
@@ -54,14 +60,15 @@ def make(folder, model, rows, **settings):
 def test_every_row_is_evaluated_once_beside_the_sample_for_the_noise(tmp_path, model, rows):
     with counted(model) as work:
         _, calls, _ = make(tmp_path / "anchor-a", model, rows)
-    noise, parts = calls[:9], calls[9:]
+    size, noise, parts = calls[0], calls[1:10], calls[10:]
+    real, shortest = sum(map(len, rows)), min(map(len, rows))
+    assert [len(row) for row in size] == [shortest], "one row tells how much disk is needed"
     assert [len(call) for call in noise] == [9] + [1] * 8, "eight rows in a padded batch, and alone"
     assert Counter(row for call in parts for row in call) == Counter(map(tuple, rows))
-    real, shortest = sum(map(len, rows)), min(map(len, rows))
     padded = sum(len(call) * max(map(len, call)) for call in calls)
     checks = 2  # forward passes that compare hook and head with what the model itself gives, of the shortest row
     assert work["forwards"] == len(calls) + checks and work["tokens"] == padded + checks * shortest
-    sampled = sum(len(row) - 1 for call in noise for row in call)
+    sampled = sum(len(row) - 1 for call in (size, *noise) for row in call)
     besides = len(calls) + 1  # each forward pass of the model itself gives the logits of one token
     assert work["logits"] <= real - len(rows) + sampled + besides * 9 + 3 * shortest
 
@@ -71,17 +78,14 @@ def test_a_cpu_gets_batches_with_next_to_no_padding(model):
     rng = np.random.default_rng(0)
     lengths = [563] * 250 + rng.integers(40, 563, 250).tolist()
     rows = [[3] * length for length in lengths]
-    ready = ReadyModel(model, torch.device("cpu"), torch.no_grad, "", False, ALONE)
-    config = GeReConfig(replay_dataset=["rows are at hand"])
-    plan = build_plan(config, ready, ReplaySet(rows, 0, {}), {})
-    on_gpu = build_plan(config, ready._replace(device=torch.device("cuda")), ReplaySet(rows, 0, {}), {})
+    plan, on_gpu = plan_of(model, rows), plan_of(model, rows, device="cuda")
 
     def padding(plan):
         batches = [batch for part in parts_of(plan, 576) for batch in part]
         return sum(len(batch) * max(lengths[row] for row in batch) for batch in batches) / sum(lengths)
 
     assert padding(plan) <= 1.01 and padding(on_gpu) <= 1.05
-    small = build_plan(GeReConfig(replay_dataset=["x"], anchor_batch_tokens=100), ready, ReplaySet(rows, 0, {}), {})
+    small = plan_of(model, rows, batch_tokens=100)
     assert small.worth_tokens == small.batch_tokens == 100 and plan.batch_tokens == 8192
 
 
@@ -113,8 +117,8 @@ def test_a_byte_is_written_once(tmp_path, model, rows, monkeypatch):
 @pytest.mark.parametrize("chunk", [7, 128])
 def test_the_anchor_is_what_the_model_says_of_each_text_alone(tmp_path, model, rows, strategy, chunk, monkeypatch):
     """Cross-entropy in float64 by NumPy, regions by the model's own hidden states, whatever the chunk of the head."""
-    monkeypatch.setattr("gere.base_model.HEAD_TOKENS", {"cpu": chunk})
-    anchor, _, _ = make(tmp_path / "anchor-a", model, rows, replay_strategy=strategy)
+    monkeypatch.setattr("gere.cache.base_model.HEAD_TOKENS", {"cpu": chunk})
+    anchor, _, _ = make(tmp_path / "anchor-a", model, rows, strategy)
     for index, row in enumerate(rows):
         with torch.no_grad():
             outputs = model.eval()(input_ids=torch.tensor([row]), output_hidden_states=True)
@@ -137,6 +141,7 @@ def test_the_anchor_is_what_the_model_says_of_each_text_alone(tmp_path, model, r
             np.testing.assert_allclose(kept["log_probs"].numpy(), found, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_that_the_plain_way_does_twice(tmp_path):
     texts = 40
     rows = SETUP.rows(texts)
@@ -159,6 +164,7 @@ def test_the_plain_way_is_plain(tmp_path):
     assert made.work == {"forwards": 6, "tokens": real, "logits": real} and made.size > 4 * 128 * real
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
     command = [sys.executable, "-m", "benchmarks.anchor", "--count", "8", "--max-length", "32", "--repeats", "1"]
     done = subprocess.run(

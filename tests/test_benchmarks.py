@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -11,11 +13,40 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
-from benchmarks import start, timing
+from benchmarks import batches, start
+from benchmarks.lib import timing
 from benchmarks.lib.curves import area, best_accuracy, points_of, summary, table
 from gere.cache import Anchor
 
+COMMANDS = {
+    "ability": "--model MODEL --tasks task.jsonl",
+    "anchor": "--count 8 --only speed",
+    "batches": "--steps 2",
+    "start": "--rows 8",
+    "step": "--random tiny --json step.json",
+    "strategies": "--out out --only tm ce",
+    "targets": "--model MODEL --general-file general.jsonl --task-file task.jsonl",
+}
+
 BASE = {"general_loss": 1.0, "accuracy": 0.1, "task_loss": 5.0}
+
+
+def test_every_command_is_named_here():
+    found = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main(" in path.read_text()]
+    assert sorted(found) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_parses_its_options(name, monkeypatch, capsys):
+    module = importlib.import_module(f"benchmarks.{name}")
+    words = COMMANDS[name].split()
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    options = vars(module.parse_arguments())
+    assert {word[2:].replace("-", "_") for word in words if word.startswith("--")} <= {*options}
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        module.parse_arguments()
+    assert f"python -m benchmarks.{name}" in capsys.readouterr().out
 
 
 def a_run(name, general, accuracy, *, seed=0, regime="full", insertion=True):
@@ -74,6 +105,16 @@ def test_spread_and_turns_by_hand():
 
     assert timing.interleaved([side("a"), side("b")], 2) == [[3.0, 6.0], [4.0, 5.0]]
     assert "".join(calls) == "ba" + "ab" + "ba", "a slow moment must not always meet the same side"
+
+
+def test_padding_by_hand():
+    """Long and short rows in pairs: pairs of one length have no padding, a mixed one has 10 real tokens of 18."""
+    options = argparse.Namespace(batch_size=4, micro_batch_size=2, replay_per_batch=2, steps=40)
+    task, replay = [9, 1] * 8, [1, 9] * 4
+    task_any, replay_grouped = batches.shares(options, task, replay, group_task=False, group_replay=True)
+    task_grouped, replay_any = batches.shares(options, task, replay, group_task=True, group_replay=False)
+    assert 10 / 18 < replay_any < replay_grouped == 1.0
+    assert 10 / 18 < task_any < task_grouped
 
 
 def test_an_anchor_of_random_codes_is_read_as_one(tmp_path):

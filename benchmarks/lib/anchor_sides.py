@@ -35,7 +35,7 @@ Rows = list[list[int]]
 
 
 class Setup(NamedTuple):
-    """What a process needs to make the model and its rows itself.
+    """Lets a process make the model and its rows itself.
 
     Attributes:
         model: Folder or name; empty for a random Llama.
@@ -56,7 +56,7 @@ class Setup(NamedTuple):
     vocabulary: int = 2048
 
     def load(self) -> Any:
-        """The model."""
+        """Load the model, or make it."""
         dtype = getattr(torch, self.dtype)
         if self.model:
             model = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
@@ -98,7 +98,7 @@ class Made(NamedTuple):
 
 
 def build(model: nn.Module, rows: Rows, folder: Path, clock: str, ranks: Ranks = ALONE) -> Made:
-    """What gere does: regions of the last layer and the loss of every row."""
+    """Make an anchor as gere does: regions of the last layer and the loss of every row."""
     device = next(model.parameters()).device
     ready = ReadyModel(model, device, torch.no_grad, "mixed precision no", ranks)
     strategy = Margin(depth=depth_of(model))
@@ -120,7 +120,7 @@ def build(model: nn.Module, rows: Rows, folder: Path, clock: str, ranks: Ranks =
 
 @torch.no_grad()
 def naive(model: Any, rows: Rows, folder: Path, clock: str) -> Made:
-    """The plainest way: a text at a time, all states and all logits, the last state in float32 by pickle."""
+    """Take the plainest way: a text at a time, all states and all logits, the last state in float32 by pickle."""
     folder.mkdir(parents=True)
 
     def make() -> None:
@@ -133,7 +133,7 @@ def naive(model: Any, rows: Rows, folder: Path, clock: str) -> Made:
 
 @torch.no_grad()
 def bare(model: Any, rows: Rows, folder: Path, clock: str) -> Made:
-    """The forward passes alone, whose matrix products no way of making an anchor can leave out."""
+    """Run the forward passes alone, which no way of making an anchor can leave out."""
 
     def make() -> None:
         for row in rows:
@@ -185,7 +185,7 @@ def counted(model: Any) -> Iterator[Counter[str]]:
 
 
 class Share(NamedTuple):
-    """What one of several processes reports: our making, and the plain one of all texts."""
+    """Report of one of several processes: our making, and the plain one of all texts."""
 
     ours: Made
     plain: Made

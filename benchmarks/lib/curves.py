@@ -94,7 +94,7 @@ def area(points: Sequence[Point], base: tuple[float, float], worst: float) -> fl
 
 
 def is_number(weight: str) -> bool:
-    """Whether a weight is a number that somebody set."""
+    """Tell whether a weight is a number that somebody set."""
     return weight not in ("dy", "auto")
 
 

@@ -56,7 +56,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What all points share: model, texts, and the shape of the training.
+    """Shared by all points: model, texts, and the shape of the training.
 
     Attributes:
         model: Folder or name of the base model.
@@ -98,7 +98,7 @@ class Bench:
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
 
     def load(self) -> PreTrainedModel:
-        """The base model in float32."""
+        """Load the base model in float32."""
         model = AutoModelForCausalLM.from_pretrained(self.scene.model, dtype=torch.float32)
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model

@@ -56,7 +56,7 @@ class Pair:
         self.task = self._task_rows(texts)
 
     def trainer(self, side: str) -> Any:
-        """A trainer with a model of its own."""
+        """Make a trainer with its own model."""
         options = self.options
         args = TrainingArguments(
             output_dir=str(options.folder / "out"),

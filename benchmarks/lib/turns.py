@@ -170,7 +170,7 @@ class Timed(Trainer):
             return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """What is neither data, model nor backward pass in it is the loss."""
+        """Count as loss what is neither data, model nor backward pass."""
         with self.clock.part(LOSS):
             return super().training_step(*args, **kwargs)
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,48 +17,33 @@ from gere.errors import CacheFolderError
 
 
 def canonical_json(content: Any) -> bytes:
-    """The one way in which `content` is written: sorted keys, no NaN, a final newline."""
+    """Return the one way to write `content`: sorted keys, a final newline; NaN is a `ValueError`."""
+    # Keys and seals of anchors are hashes of these bytes: any change here gives every anchor another key.
     return (json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def sha256(content: bytes) -> str:
-    """Hexadecimal SHA-256 of bytes."""
+    """Return the hexadecimal SHA-256 of bytes."""
     return hashlib.sha256(content).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, header and payload."""
+    """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sealed_json(content: Mapping[str, Any]) -> bytes:
-    """Content as `canonical_json`, with its own SHA-256 in it as `sha256`."""
-    return canonical_json({**content, "sha256": sha256(canonical_json(content))})
-
-
-def seal_of(raw: bytes, content: Mapping[str, Any]) -> str | None:
-    """SHA-256 of content that was read from `raw` without its `sha256`; `None` if it is sealed by that very digest."""
-    found = sha256(canonical_json(content))
-    return None if raw == canonical_json({**content, "sha256": found}) else found
-
-
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a start after a kill, sees all of it or nothing.
-
-    Args:
-        path: Where the file shall be.
-        content: Its bytes.
-
-    Raises:
-        CacheFolderError: If the folder cannot be written or its disk is full.
-    """
+    """Write a file so that a reader, or a start after a kill, sees all of it or nothing; errors as `folder_errors`."""
+    # In the same folder, since a rename is atomic within one file system only. The name is unique, since several
+    # processes may write the same file.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with folder_errors(path.parent):
         try:
             with temporary.open("wb") as stream:
                 stream.write(content)
                 stream.flush()
+                # Without this, a loss of power after the rename can leave the final name on an empty file.
                 os.fsync(stream.fileno())
             temporary.replace(path)
         finally:
@@ -68,6 +53,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a loss of power, where the system can."""
+    # Windows cannot open a folder.
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -77,11 +63,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a cache folder, with its parents.
-
-    Raises:
-        CacheFolderError: If it is a file or cannot be created.
-    """
+    """Create a cache folder with its parents; one that is a file or cannot be created is a `CacheFolderError`."""
     if folder.exists() and not folder.is_dir():
         raise CacheFolderError(
             "The cache folder is a file.",
@@ -95,11 +77,7 @@ def make_folder(folder: Path) -> None:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        CacheFolderError: If fewer than `needed` bytes are free.
-    """
+    """Raise a `CacheFolderError` if fewer than `needed` bytes are free on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CacheFolderError(
@@ -117,25 +95,29 @@ def folder_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what, expected = "The cache folder cannot be written.", "a folder that this process may write to"
+        # A quota fails like a full disk, and needs the same fix.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what, expected = "The disk of the cache folder is full.", "free space"
         raise CacheFolderError(
-            "The disk of the cache folder is full." if full else "The cache folder cannot be written.",
+            what,
             where=folder,
-            expected="free space" if full else "a folder that this process may write to",
+            expected=expected,
             found=f"{type(error).__name__}: {error.strerror or error}",
             fix="Free some space, or set another folder: gere_hidden_state_saving_dir, for a saved model output_dir.",
         ) from error
 
 
 def read_lines(path: Path) -> Iterator[Any]:
-    """JSON values of a `.jsonl` file, one a line; empty lines are skipped.
+    """Yield the JSON values of a `.jsonl` file; errors as in `numbered_lines`."""
+    for _, value in numbered_lines(path):
+        yield value
 
-    Args:
-        path: The file, in UTF-8 with or without a byte order mark.
 
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If a line is not JSON, with its number.
+def numbered_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the JSON values of a `.jsonl` file with their line numbers, from 1; empty lines are skipped.
+
+    A line that is not JSON is a `ValueError` with its number; an `OSError` is left as it is.
     """
     # Only "\n" ends a line: U+2028 and its like are part of a text. `utf-8-sig` skips the mark of Windows editors.
     with path.open(encoding="utf-8-sig", errors="surrogatepass", newline="\n") as lines:
@@ -143,25 +125,20 @@ def read_lines(path: Path) -> Iterator[Any]:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
+                yield number, json.loads(line)
+            # Brackets that are nested too deep raise a RecursionError.
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} of the file: {error}") from error
 
 
 def read_settings(path: Path) -> Any:
-    """Content of a YAML file, or of a JSON file.
-
-    Args:
-        path: The file, in UTF-8 with or without a byte order mark.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is neither YAML nor JSON.
-    """
+    """Return the content of a YAML or JSON file; one that is neither is a `ValueError`."""
     import yaml
 
     text = path.read_text(encoding="utf-8-sig")
     try:
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        if path.suffix == ".json":
+            return json.loads(text)
+        return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from gere.errors import ConfigError
 
-# The one list of strategies. Each class says what is kept of the base model and how far a row has moved from it; it is
-# imported when it is used, since losses need torch.
+# The one list of strategies. Each class is imported when it is used, since settings are read without torch.
 STRATEGIES = {
     "tm": "gere.losses.margin:Margin",
     "ce": "gere.losses.strategy:Strategy",
@@ -37,7 +36,7 @@ Mode = Literal["auto", "replace", "add"]
 Normalization = Literal["auto", "violations", "elements"]
 Bands = Literal["mean_std", "quantile"]
 Prompt = Literal["auto", "bos", "chat"]
-PROMPTS = get_args(Prompt)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _setting(
@@ -49,15 +48,10 @@ def _setting(
     positive: bool = False,
     example: object = None,
 ) -> Any:
-    """Declare a setting.
+    """Declare a setting with its help `text`, its check, and an `example` for docs/settings.md.
 
-    Args:
-        default: Its default. `None` is allowed where it is the default.
-        text: What it does, for `help(GeReConfig)`, command lines and docs/settings.md.
-        choices: The values that are allowed.
-        least: It is a whole number of at least this.
-        positive: It is a finite number above 0.
-        example: A value, for the docs.
+    It is one of `choices`, a whole number of at least `least`, or a finite `positive` number; `None` if that is the
+    default.
     """
     rules = {"choices": tuple(choices), "least": least, "positive": positive}
     return dataclasses.field(default=default, metadata={"help": text, "example": example, **rules})
@@ -163,7 +157,7 @@ class GeReConfig:
         "auto",
         'Where texts that the base model samples begin: at the BOS token ("bos"), or in the chat template, so that it '
         'writes a user\'s message and the answer ("chat"). "auto" is "chat" if the tokenizer has a chat template.',
-        choices=PROMPTS,
+        choices=get_args(Prompt),
     )
     self_temperature: float = _setting(1.0, "Temperature of the sampling.", positive=True)
     self_top_p: float = _setting(0.95, "Draw from the likeliest tokens that hold this share of the probability.")
@@ -175,6 +169,7 @@ class GeReConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
+                # The checked value, since integers of NumPy become Python's: JSON does not know the former.
                 object.__setattr__(self, field.name, _checked(value, f"gere_config.{field.name}", field.metadata))
         parse_layers(self.layers, None)
         known = self.add_bos is None or isinstance(self.add_bos, bool)
@@ -187,8 +182,8 @@ class GeReConfig:
         for name, expected in words.items():
             value = getattr(self, name)
             require(isinstance(value, str) and bool(value), f"gere_config.{name}", expected, value)
-        few = self.kl_top_k <= MOST_KEPT
-        require(few, "gere_config.kl_top_k", f"at most {MOST_KEPT}, since all others count as one", self.kl_top_k)
+        most = f"at most {MOST_KEPT}, since all others count as one"
+        require(self.kl_top_k <= MOST_KEPT, "gere_config.kl_top_k", most, self.kl_top_k)
         quantiles = (self.lower_quantile, self.upper_quantile)
         ordered = all(map(_finite, quantiles)) and 0 < quantiles[0] < quantiles[1] < 1
         require(ordered, "gere_config.lower_quantile, upper_quantile", "0 < lower < upper < 1", quantiles)
@@ -201,7 +196,7 @@ class GeReConfig:
         return isinstance(self.replay_dataset, str) and self.replay_dataset == SELF
 
     def normalization_for(self, w_strategy: float | str) -> Literal["violations", "elements"]:
-        """What the margin of a row is divided by with this weight."""
+        """Return the divisor of a row's margin with this weight."""
         if self.normalization != "auto":
             return self.normalization
         return "elements" if w_strategy == "auto" else "violations"
@@ -242,7 +237,7 @@ _TYPES = {
 
 
 def argument_name(name: str) -> str:
-    """Name of a setting in `GeReArguments`.
+    """Return the name of a setting in `GeReArguments`.
 
     Example:
         >>> argument_name("max_length"), argument_name("reuse_gere_hidden_state")
@@ -255,8 +250,9 @@ def _with_every_setting(cls: type) -> Any:
     """Make a dataclass of `cls` with one field for each setting, of a type that text can be read as."""
     fields = []
     for name, setting in {**TRAINER_FIELDS, **CONFIG_FIELDS}.items():
-        choices = setting.metadata["choices"]
-        kind = Literal.__getitem__(choices) if choices else _TYPES[name]
+        kind = _TYPES[name]
+        if choices := setting.metadata["choices"]:
+            kind = Literal.__getitem__(choices)  # `Literal[choices]`, which mypy refuses
         # `HfArgumentParser` hands the metadata on to argparse, which knows no other key of ours.
         field = dataclasses.field(default=setting.default, metadata={"help": setting.metadata["help"]})
         fields.append((argument_name(name), kind, field))
@@ -280,7 +276,7 @@ class GeReArguments:
     """
 
     if TYPE_CHECKING:
-
+        # A type checker does not see the fields, which are made from the settings.
         def __init__(self, **settings: Any) -> None: ...
 
         def __getattr__(self, name: str) -> Any: ...
@@ -290,7 +286,7 @@ class GeReArguments:
         self.trainer_kwargs()
 
     def trainer_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments of `GeReTrainer`, `gere_config` among them.
+        """Return the keyword arguments of `GeReTrainer`, `gere_config` among them.
 
         Raises:
             ConfigError: If a value cannot be used.
@@ -300,17 +296,9 @@ class GeReArguments:
 
 
 def kwargs_of_section(section: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Read the replay section of a config file.
+    """Read the replay section of a config file into the keyword arguments of `GeReTrainer`.
 
-    Args:
-        section: Values by the names of the four arguments of `GeReTrainer` and of the fields of `GeReConfig`.
-        where: The place of the section, for messages.
-
-    Returns:
-        Keyword arguments of `GeReTrainer`: those of the four that the section sets, and `gere_config`.
-
-    Raises:
-        ConfigError: If the section is no mapping, a key is unknown, or a value cannot be used.
+    Its keys are the four arguments of `GeReTrainer` and the fields of `GeReConfig`. Messages name its place, `where`.
     """
     if not isinstance(section, Mapping):
         raise ConfigError(
@@ -325,21 +313,12 @@ def kwargs_of_section(section: Mapping[str, Any], where: str) -> dict[str, Any]:
     parse_weight(section.get("w_strategy", "auto"))
     parse_replay_per_batch(section.get("num_interpolate_per_batch"))
     kwargs = {name: section[name] for name in TRAINER_FIELDS if name in section}
-    return kwargs | {"gere_config": GeReConfig(**{name: section[name] for name in CONFIG_FIELDS if name in section})}
+    config = {name: section[name] for name in CONFIG_FIELDS if name in section}
+    return {**kwargs, "gere_config": GeReConfig(**config)}
 
 
 def require_known(key: object, known: Sequence[str], where: object, what: str) -> None:
-    """Refuse a name that is not known.
-
-    Args:
-        key: The name.
-        known: All names that there are.
-        where: The place of it, for the message.
-        what: What bears the name, as the message begins.
-
-    Raises:
-        ConfigError: With the nearest known name.
-    """
+    """Refuse an unknown name by a `ConfigError` with the nearest known one; `what` begins its message."""
     if key in known:
         return
     nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
@@ -355,18 +334,14 @@ def require_known(key: object, known: Sequence[str], where: object, what: str) -
 def refuse_unknown_arguments(kwargs: Mapping[str, Any], known_of_parent: Collection[str]) -> None:
     """Refuse arguments of a trainer that are settings of replay, but misspelled or in the wrong place.
 
-    A name that resembles none of these is left to the parent trainer, which has an error of its own for it.
-
-    Args:
-        kwargs: Keyword arguments of the trainer.
-        known_of_parent: Names that the parent trainer takes, or hands on to its own parents by `**kwargs`.
-
-    Raises:
-        ConfigError: Naming the argument that was meant, and where it belongs.
+    The parent trainer has its own error for a name that resembles none of ours. `known_of_parent` are the names that
+    it takes, or hands on to its own parents by `**kwargs`.
     """
     own = (*TRAINER_FIELDS, "gere_config")
     parents = set(known_of_parent) - set(own)
-    meant = {spelling: name for name in (*own, *CONFIG_FIELDS) for spelling in (name, argument_name(name))}
+    meant = {}
+    for name in (*own, *CONFIG_FIELDS):
+        meant[name] = meant[argument_name(name)] = name
     for key in kwargs:
         # The parent's names take part, so that a misspelling of one of them is not taken for one of ours.
         nearest = difflib.get_close_matches(key, [*parents, *meant], n=1, cutoff=RESEMBLES)
@@ -376,7 +351,9 @@ def refuse_unknown_arguments(kwargs: Mapping[str, Any], known_of_parent: Collect
         fix = f"Did you mean {name}?"
         if name in CONFIG_FIELDS:
             place = f"belongs in GeReConfig: gere_config=GeReConfig({name}=...)."
-            fix = f"{name} {place}" if key in (name, argument_name(name)) else f"{fix} It {place}"
+            fix = f"{fix} It {place}"
+            if key in (name, argument_name(name)):
+                fix = f"{name} {place}"
         raise ConfigError(
             "The trainer has no such argument.",
             where="arguments of the trainer",
@@ -387,50 +364,35 @@ def refuse_unknown_arguments(kwargs: Mapping[str, Any], known_of_parent: Collect
 
 
 def parse_weight(w_strategy: float | str) -> float | Literal["dy", "auto"]:
-    """Read `w_strategy`.
-
-    Args:
-        w_strategy: A number, its string, `"dy"` or `"auto"`.
-
-    Returns:
-        The number as a float, or the word.
-
-    Raises:
-        ConfigError: If it is none of these.
-    """
+    """Read `w_strategy`: `"dy"`, `"auto"`, a number, or the string of a number."""
     if w_strategy in ("dy", "auto"):
         return w_strategy  # type: ignore[return-value]
-    try:
-        weight = math.nan if isinstance(w_strategy, bool) else float(w_strategy)
-    except (TypeError, ValueError):
-        weight = math.nan
-    require(
-        math.isfinite(weight) and weight >= 0, "w_strategy", 'a number >= 0, its string, "dy" or "auto"', w_strategy
-    )
+    weight = math.nan
+    if not isinstance(w_strategy, bool):  # `float` takes True for 1
+        with contextlib.suppress(TypeError, ValueError):
+            weight = float(w_strategy)
+    expected = 'a number >= 0, its string, "dy" or "auto"'
+    require(math.isfinite(weight) and weight >= 0, "w_strategy", expected, w_strategy)
     return weight
 
 
 def parse_layers(layers: str | Sequence[int], depth: int | None) -> tuple[int, ...]:
-    """Read `layers`.
-
-    Args:
-        layers: `"last"`, `"every N"`, or numbers from 1, as a sequence or as a string with commas.
-        depth: Number of layers of the model; `None` if it is not known yet.
+    """Read `layers`: `"last"`, `"every N"`, or numbers from 1, as a sequence or as a string with commas.
 
     Returns:
-        Numbers of layers, ascending; empty while the depth is not known.
-
-    Raises:
-        ConfigError: If it is none of these, or a number is greater than the depth.
+        Numbers of layers, ascending. Empty while the `depth` of the model is not known: then only the form is checked.
     """
     if isinstance(layers, str):
         words = layers.replace(",", " ").split()
+    elif isinstance(layers, Sequence):
+        words = list(map(str, layers))
     else:
-        words = [str(layer) for layer in (layers if isinstance(layers, Sequence) else [layers])]
+        words = [str(layers)]
     if words == [LAST]:
         return () if depth is None else (depth,)
     every = len(words) == 2 and words[0] == EVERY
     listed = words[1:] if every else words
+    # `isdigit` alone takes other digits, such as superscripts, which `int` refuses.
     numbers = [int(word) for word in listed if word.isascii() and word.isdigit()]
     sound = len(numbers) == len(listed) > 0 and min(numbers) > 0
     expected = '"last", "every N", or numbers of layers'
@@ -445,33 +407,26 @@ def parse_layers(layers: str | Sequence[int], depth: int | None) -> tuple[int, .
 
 
 def parse_replay_per_batch(num_interpolate_per_batch: int | None) -> int:
-    """Read `num_interpolate_per_batch`.
-
-    Args:
-        num_interpolate_per_batch: Replay rows in each optimizer step, or 0 or `None` for no batch insertion.
-
-    Returns:
-        The number of rows, 0 for no batch insertion.
-
-    Raises:
-        ConfigError: If it is not a whole number of at least 0.
-    """
-    value = 0 if num_interpolate_per_batch is None else num_interpolate_per_batch
-    return _whole(value, 0, "num_interpolate_per_batch", "a whole number >= 0, or None")
+    """Read `num_interpolate_per_batch`; 0 means no batch insertion, as `None` does."""
+    if num_interpolate_per_batch is None:
+        return 0
+    return _whole(num_interpolate_per_batch, 0, "num_interpolate_per_batch", "a whole number >= 0, or None")
 
 
 def _checked(value: Any, where: str, rules: Mapping[str, Any]) -> Any:
-    """The value, if the metadata of its setting allow it; a whole number as an int."""
+    """Return the value, a whole number as an int, if the metadata of its setting allow it."""
     choices, least = rules["choices"], rules["least"]
     require(not choices or value in choices, where, " or ".join(map(repr, choices)), value)
     require(not rules["positive"] or (_finite(value) and value > 0), where, "a finite number above 0", value)
-    return value if least is None else _whole(value, least, where, f"a whole number >= {least}")
+    if least is None:
+        return value
+    return _whole(value, least, where, f"a whole number >= {least}")
 
 
 def _whole(value: Any, least: int, where: str, expected: str) -> int:
-    """An int of whatever Python takes as an index, such as the integers of NumPy."""
+    """Return an int for whatever Python takes as an index, such as the integers of NumPy."""
     number = least - 1
-    if not isinstance(value, bool):
+    if not isinstance(value, bool):  # True is an index, too
         with contextlib.suppress(TypeError):
             number = operator.index(value)
     require(number >= least, where, expected, value)

@@ -1,6 +1,8 @@
-"""Every failure that `gere` reports has a name of its own, and says what to do next."""
+"""Failures that `gere` reports: each has its own class, and its message says what to do next."""
 
 from __future__ import annotations
+
+from functools import partial
 
 
 class GeReError(Exception):
@@ -11,34 +13,23 @@ class GeReError(Exception):
         where: The file, field or argument concerned.
         expected: What would have been accepted.
         found: What was there instead.
-        fix: The ways on, ready to be followed.
+        fix: What to do next.
     """
 
     def __init__(
-        self,
-        what: str,
-        *,
-        where: object = None,
-        expected: object = None,
-        found: object = None,
-        fix: str | None = None,
+        self, what: str, *, where: object = None, expected: object = None, found: object = None, fix: str | None = None
     ) -> None:
-        parts = [what]
-        parts += [f"  where:    {where}"] if where is not None else []
-        parts += [f"  expected: {expected}"] if expected is not None else []
-        parts += [f"  found:    {found}"] if found is not None else []
-        parts += [f"  next:     {fix}"] if fix is not None else []
-        super().__init__("\n".join(parts))
-        self._parts = (what, where, expected, found, fix)
+        lines = [what]
+        for title, value in (("where:", where), ("expected:", expected), ("found:", found), ("next:", fix)):
+            if value is not None:
+                lines.append(f"  {title:<9} {value}")
+        super().__init__("\n".join(lines))
+        self._again = partial(type(self), what, where=where, expected=expected, found=found, fix=fix)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Keep the message when a data loader worker sends the error to its parent process."""
-        return _rebuild, (type(self), self._parts)
-
-
-def _rebuild(cls: type[GeReError], parts: tuple[str, object, object, object, str | None]) -> GeReError:
-    what, where, expected, found, fix = parts
-    return cls(what, where=where, expected=expected, found=found, fix=fix)
+        # Exception would call the class with the whole message as `what`, and drop the keyword arguments.
+        return self._again, ()
 
 
 class ConfigError(GeReError, ValueError):
@@ -70,7 +61,7 @@ class NonFiniteStateError(GeReError, ArithmeticError):
 
 
 class RunFolderError(GeReError, ValueError):
-    """A run folder that a report shall show is none, or a file of it is damaged."""
+    """A folder given to a report is not a run folder, or one of its files is damaged."""
 
 
 class RankFailedError(GeReError, RuntimeError):
@@ -86,7 +77,7 @@ class MissingPackageError(GeReError, ImportError):
 
 
 class CacheError(GeReError):
-    """Base of everything that can be wrong with an anchor on disk."""
+    """Base of all errors about an anchor on disk."""
 
 
 class CacheFolderError(CacheError):

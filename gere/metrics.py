@@ -1,7 +1,7 @@
 """Figures of a sequence of tasks: what was learned, what was lost, and how sure a mean over seeds is.
 
 In a matrix `a`, `a[i, j]` is the score on task j after training on task i, the tasks in the order of training. It is
-a list of lists or an array of shape (R, T), T tasks and R of them trained, with `None` or NaN where nothing was
+a list of lists or an array of shape (R, T), for T tasks of which R are trained, with `None` or NaN where nothing was
 evaluated. A figure that needs such an entry, or more tasks than were trained, is NaN.
 """
 
@@ -35,17 +35,18 @@ class Interval(NamedTuple):
 
 
 def average_performance(a: Matrix) -> float:
-    """AP: mean score over the tasks after the last one, sum_j a[R-1, j] / R over j < R.
+    """Compute AP: the mean score over the tasks after the last one, sum_j a[R-1, j] / R over j < R.
 
     With all tasks trained (R = T) this is the mean of the last row: AP of GeRe (arXiv 2508.04676), A_T of Chaudhry et
     al. (arXiv 1801.10112), and what Recurrent-KIF (arXiv 2502.17510) calls OP.
     """
     scores = _matrix(a)
-    return _mean(scores[-1, : len(scores)]) if len(scores) else math.nan
+    # Tasks that are not trained yet are left out. `-1:` takes a matrix without rows, too.
+    return _mean(scores[-1:, : len(scores)])
 
 
 def overall_performance(a: Matrix) -> float:
-    """OP: mean over the steps of the sequence of the mean over the tasks so far, sum_i AP_i / R.
+    """Compute OP: the mean over the steps of the sequence of the mean over the tasks so far, sum_i AP_i / R.
 
     The average incremental accuracy of Rebuffi et al. (arXiv 1611.07725).
     """
@@ -54,17 +55,19 @@ def overall_performance(a: Matrix) -> float:
 
 
 def backward_transfer(a: Matrix) -> float:
-    """BWT: mean over j < R-1 of a[R-1, j] - a[j, j]; below 0 where later tasks cost earlier ones.
+    """Compute BWT: the mean over j < R-1 of a[R-1, j] - a[j, j]; below 0 where later tasks cost earlier ones.
 
     Lopez-Paz and Ranzato (arXiv 1706.08840). NaN for one task.
     """
     scores = _matrix(a)
     rows = len(scores)
-    return _mean(scores[-1, : rows - 1] - np.diag(scores)[: rows - 1]) if rows else math.nan
+    if not rows:
+        return math.nan
+    return _mean(scores[-1, : rows - 1] - np.diag(scores)[: rows - 1])
 
 
 def forward_transfer(a: Matrix, before: Vector) -> float:
-    """FWT: mean over 0 < j < R of a[j-1, j] - before[j]; above 0 where a task is better before it is trained.
+    """Compute FWT: the mean over 0 < j < R of a[j-1, j] - before[j]; above 0 where earlier tasks help a later one.
 
     Lopez-Paz and Ranzato (arXiv 1706.08840), with the untouched model in place of a random one. NaN for one task.
 
@@ -82,12 +85,12 @@ def forward_transfer(a: Matrix, before: Vector) -> float:
 
 
 def forgetting(a: Matrix) -> NDArray[np.float64]:
-    """Loss of each earlier task j < R-1: its best score after a task from j to R-2, minus the one after the last task.
+    """Compute the forgetting of each earlier task j < R-1: its best score before the last task, minus that after it.
 
     Chaudhry et al. (arXiv 1801.10112), over the time since the task was trained.
 
     Returns:
-        R - 1 differences; below 0 where a task went on getting better.
+        R - 1 differences, max over j <= i < R-1 of a[i, j], minus a[R-1, j]; below 0 where a task still got better.
     """
     scores = _matrix(a)
     rows = len(scores)
@@ -95,14 +98,16 @@ def forgetting(a: Matrix) -> NDArray[np.float64]:
 
 
 def harmonic_mean(general: float, task: float) -> float:
-    """F1 Avg: 2 g t / (g + t) of general ability and task score (GeRe, arXiv 2508.04676); 60.78, 74.48 give 66.94.
+    """Compute F1 Avg, 2 g t / (g + t), of general ability and task score; 60.78 and 74.48 give 66.94.
+
+    GeRe (arXiv 2508.04676).
 
     Args:
         general: Accuracy on general questions, in the unit of `task`.
         task: AP.
 
     Returns:
-        The harmonic mean; NaN if one is NaN, else 0 if one is 0.
+        The harmonic mean; NaN if one is NaN, 0 if one is 0.
 
     Raises:
         ConfigError: If one is below 0 or infinite.
@@ -112,15 +117,17 @@ def harmonic_mean(general: float, task: float) -> float:
             raise _unusable(name, "a number of at least 0", value)
     if math.isnan(general) or math.isnan(task):
         return math.nan
-    return 0.0 if general == 0 or task == 0 else 2 / (1 / general + 1 / task)
+    if general == 0 or task == 0:
+        return 0.0
+    return 2 / (1 / general + 1 / task)
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean of independent runs, with the half width of Student's interval: t(n - 1) times s / sqrt(n).
+    """Compute the mean of independent runs with the half width of Student's interval, t(n - 1) times s / sqrt(n).
 
     Args:
         values: One value of each seed.
-        level: Probability that the interval covers the expected value, were the values normal.
+        level: Probability that the interval of normal values covers their expected value.
 
     Raises:
         ConfigError: If the level does not lie between 0 and 1.
@@ -135,32 +142,34 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 
 def student_t(level: float, freedom: int) -> float:
-    """The t with P(|T| < t) = level, T of Student's distribution.
+    """Compute the t with P(|T| < t) = level, T of Student's distribution.
 
     Bisection on theta = atan(t / sqrt(freedom)), in which that probability is a finite sum (Abramowitz and Stegun,
-    26.7.3 and 26.7.4).
-
-    Args:
-        level: A probability between 0 and 1.
-        freedom: Degrees of freedom, at least 1.
+    26.7.3 and 26.7.4). `freedom` is at least 1.
     """
     low, high = 0.0, math.pi / 2
-    for _ in range(80):
+    for _ in range(80):  # halves the range to the last bit of a float64
         middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < level else (low, middle)
+        if _within(middle, freedom) < level:
+            low = middle
+        else:
+            high = middle
     return math.sqrt(freedom) * math.tan(low)
 
 
 def _within(theta: float, freedom: int) -> float:
-    """P(|T| < sqrt(freedom) tan(theta))."""
+    """Return P(|T| < sqrt(freedom) tan(theta))."""
+    if freedom == 1:
+        return 2 / math.pi * theta
     odd = freedom % 2
-    term = math.cos(theta) if odd else 1.0
-    total = term if freedom > 1 else 0.0
+    term = total = math.cos(theta) ** odd
     for k in range(2 + odd, freedom - 1, 2):
         term *= (k - 1) / k * math.cos(theta) ** 2
         total += term
     total *= math.sin(theta)
-    return 2 / math.pi * (theta + total) if odd else total
+    if odd:
+        return 2 / math.pi * (theta + total)
+    return total
 
 
 def _matrix(a: Matrix) -> NDArray[np.float64]:
@@ -169,7 +178,7 @@ def _matrix(a: Matrix) -> NDArray[np.float64]:
     except (TypeError, ValueError) as error:
         raise _unusable("a", "a matrix of numbers, a row for each task that was trained", error) from error
     if scores.ndim == 1 and not scores.size:
-        return scores.reshape(0, 0)
+        return scores.reshape(0, 0)  # NumPy gives an empty list one dimension
     if scores.ndim != 2 or len(scores) > scores.shape[1]:
         raise _unusable("a", "a row for each task that was trained, a column for each task", scores.shape)
     return scores

@@ -1,7 +1,12 @@
-"""The processes of a run as the library needs them: who they are, and steps that succeed or fail on all of them."""
+"""The processes of a run, and steps that succeed on all of them or fail on all of them.
+
+Every process must call each method that exchanges something: `gather`, `together`, `only`, `ask`, `first_here_first`.
+If such a step fails on one process, that one raises its own error and all others raise `RankFailedError`.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,8 +29,7 @@ class Ranks:
         count: Number of processes.
         first_here: Whether this is the first process of its machine.
         lockstep: Whether all processes must call the model equally often, since each holds a part of its weights.
-        gather: Exchanges a small object: gives the objects of all processes in the order of their ranks. Every
-            process must call it.
+        gather: Exchange a small object. Returns the objects of all processes in the order of their ranks.
     """
 
     index: int = 0
@@ -35,16 +39,9 @@ class Ranks:
     gather: Callable[[Any], list[Any]] = _alone
 
     def together(self, action: Callable[[], T]) -> T:
-        """Run an action on every process; if it fails on one, it fails on all, and none waits for ever.
+        """Run an action on every process, and return what it gives here.
 
-        Args:
-            action: What to do. It must not call `gather` or `together` itself.
-
-        Returns:
-            What the action gave here.
-
-        Raises:
-            RankFailedError: If the action failed on another process; here, its own error.
+        The action must not exchange anything itself: a process that fails before would leave the others waiting.
         """
         if self.count == 1:
             return action()
@@ -53,39 +50,47 @@ class Ranks:
             result = action()
         except Exception as error:
             failure = error
+        # A process that fails must still take part, or the others wait here until they time out.
         reports = self.gather(failure and f"{type(failure).__name__}: {failure}")
         if failure is not None:
             raise failure
         failed = [rank for rank, report in enumerate(reports) if report]
         if failed:
+            where = f"rank {failed[0]}"
+            if len(failed) > 1:
+                where += f" of the ranks {failed} that failed"
             raise RankFailedError(
-                "Another process failed, so that this one cannot go on.",
-                where=f"rank {failed[0]}" + (f" of the ranks {failed} that failed" if failed[1:] else ""),
+                "Another process failed, so that this one cannot continue.",
+                where=where,
                 found=reports[failed[0]],
-                fix="Mend what that rank reports, and start all processes again.",
+                fix="Fix what that rank reports, and start all processes again.",
             )
         return result
 
+    def only(self, here: bool, action: Callable[[], T]) -> T | None:
+        """Run an action as in `together`, but only on the processes where `here` holds; the others get `None`."""
+        if here:
+            return self.together(action)
+        self.together(lambda: None)
+        return None
+
     def ask(self, question: Callable[[], T]) -> list[T]:
-        """Ask every process; answers in the order of their ranks. If one cannot answer, all fail as in `together`."""
+        """Run a question as in `together`, and return the answers of all processes in the order of their ranks."""
         return self.gather(self.together(question))
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """Items that this process works on.
+        """Return the items that this process works on; `items` must be the same on every process.
 
-        Every process gets equally many, since each may have to call the model as often as the others; for that, the
+        Every process gets equally many, since each may have to call the model as often as the others. For that, the
         last item may be given to several.
-
-        Args:
-            items: The items of all processes, the same on each.
         """
         own = list(items[self.index :: self.count])
-        return own + [items[-1]] * (-(-len(items) // self.count) - len(own))
+        return own + [items[-1]] * (math.ceil(len(items) / self.count) - len(own))
 
     def first_here_first(self, action: Callable[[], T]) -> T:
         """Run an action on the first process of each machine, then on the others, which find what it left."""
-        early = self.together(lambda: action() if self.first_here else None)
-        late = self.together(lambda: None if self.first_here else action())
+        early = self.only(self.first_here, action)
+        late = self.only(not self.first_here, action)
         return early if self.first_here else late  # type: ignore[return-value]
 
 

@@ -1,14 +1,16 @@
-"""`GeReTrainer`: replay in `Trainer`'s own hooks. Batch insertion is in `sampler`, the base model's states in `cache`,
-the losses in `losses`; this file overrides `compute_loss` and the train sampler, and delegates to them."""
+"""`GeReTrainer`: overrides `compute_loss` and the train sampler of `Trainer`, and delegates.
+
+The states of the base model are in `gere.cache`, the losses in `gere.losses`, batch insertion in `gere.sampler`.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,44 +24,22 @@ from gere.evaluation import GeneralAbilityCallback
 from gere.model.adapters import refuse_unanchorable
 from gere.model.sharded import is_sharded
 from gere.replay.batch import MicroBatch, MixedCollator, MixedDataset, RowCounts, unpacked
-from gere.sampler import BatchInsertionSampler, added_rows, parent_order
+from gere.sampler import BatchInsertionSampler, parent_order
 from gere.session import checks, policy
 from gere.session.anchor import ReadyModel, precision_name, strategy_of
 from gere.session.callbacks import ReplayCallback
 from gere.session.checkpoint import loaded_key, read_key, write_key, write_weight
-from gere.session.plan import ReplayPlan, make_plan, read_settings
-from gere.session.session import ReplaySession, begin_session
-from gere.session.step import MicroStep, Steps, StepShare
+from gere.session.plan import ReplayPlan, make_plan, replay_settings
+from gere.session.session import ReplayFacts, ReplaySession, begin_session, facts_of
+from gere.session.step import Steps, added_parts, share_of
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Parent
-
-    from gere.cache import Anchor
 else:
     _Parent = object
 
 logger = logging.getLogger("gere")
 OWN_LOADER = "the trainer makes its own data loader"
-
-
-class ReplayFacts(NamedTuple):
-    """What is known of the replay of a trainer.
-
-    Attributes:
-        active: Whether there is replay.
-        folder: Cache folder.
-        rows_per_step: Replay rows in each optimizer step over all ranks; 0 for no batch insertion.
-        texts: Texts of the replay set; `None` until the first data loader is made.
-        anchor: The anchor, with its `key` and `folder`; `None` until training begins.
-        weight: Weight of the distance before its cap; `None` until training begins, and where each row has its own.
-    """
-
-    active: bool
-    folder: Path
-    rows_per_step: int
-    texts: int | None
-    anchor: Anchor | None
-    weight: float | None
 
 
 class GeReMixin(_Parent):
@@ -95,7 +75,7 @@ class GeReMixin(_Parent):
         gere_config: GeReConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        self._gere = read_settings(
+        self._gere = replay_settings(
             gere_hidden_state_saving_dir, reuse_gere_hidden_state, num_interpolate_per_batch, w_strategy, gere_config
         )
         self._gere_session: ReplaySession | None = None
@@ -115,22 +95,17 @@ class GeReMixin(_Parent):
     @property
     def replay(self) -> ReplayFacts:
         """What is known of the replay now."""
-        session, plan = self._gere_session, self.__dict__.get("_gere_plan")
-        return ReplayFacts(
-            active=self._gere.active,
-            folder=self._gere.folder,
-            rows_per_step=self._gere.rows_per_step,
-            texts=None if plan is None else len(plan.replay.rows),
-            anchor=None if session is None else session.anchor,
-            weight=None if session is None else session.weight.level,
-        )
+        # The plan is a cached property: asking for it here would read the texts.
+        return facts_of(self._gere, self.__dict__.get("_gere_plan"), self._gere_session)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the parent does; a checkpoint names the anchor of its run."""
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(str(self.args.output_dir))
-        self._gere_checkpoint = Path(checkpoint) if checkpoint else None
+        self._gere_checkpoint = None
+        if checkpoint:
+            self._gere_checkpoint = Path(str(checkpoint))
         for callback in list(self.callback_handler.callbacks):
             if isinstance(callback, GeneralAbilityCallback):
                 callback.bind(self)
@@ -198,7 +173,9 @@ class GeReMixin(_Parent):
 
     @property
     def _gere_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if self.args.data_seed is None:
+            return self.args.seed
+        return self.args.data_seed
 
     def _gere_add_from_now_on(self, why: str) -> None:
         """Add replay rows to the batches, and replace none in them; say why, once."""
@@ -219,54 +196,35 @@ class GeReMixin(_Parent):
         if not samples:
             return samples, items
         if len(sent) == len(samples):
-            rows, replay = [batch.rows for batch in sent], [batch.replay for batch in sent]
+            parts = [(batch.rows, batch.replay) for batch in sent]
         else:
             if not self._gere_why_added:
                 self._gere_add_from_now_on(OWN_LOADER)
-            rows, replay = self._gere_added_rows(len(samples))
+            parts = self._gere_added_parts(len(samples))
         items = _compat.usable_count(self, items)
-        dummy = [int(session.plan.lengths.argmin())]
-        micro_steps = []
-        for counts, own in zip(rows, replay, strict=True):
-            # Where others wait for this rank's call of the wrapped model, it runs a dummy row.
-            waits = counts.all_replay and (session.every_rank_calls or not counts.all_task)
-            micro_steps.append(MicroStep(own or (dummy if waits else []), counts))
-        self._gere_steps.begin(micro_steps, self._gere_share(rows, items))
-        if self._gere_steps.share.task_rows:
+        divisor = len(parts) if _compat.divides_by_accumulation(self, items) else None
+        share = share_of(
+            [rows for rows, _ in parts],
+            ranks=self.accelerator.num_processes,
+            divisor=divisor,
+            own_mean=not _compat.counts_over_ranks(self),
+        )
+        self._gere_steps.begin([session.micro_step(*part) for part in parts], share)
+        if share.task_rows:
             session.meters.step()
         return samples, items
 
-    def _gere_added_rows(self, micro_steps: int) -> tuple[list[RowCounts], list[list[int]]]:
-        """Replay rows that are added to the micro-steps of this rank, by (seed, global step, rank)."""
-        ranks, plan = _compat.ranks_of(self), self._gere_plan
-        whole = max(self.args.gradient_accumulation_steps, micro_steps)  # the last step of an epoch may be shorter
-        shares = added_rows(
-            len(plan.replay.rows),
-            -(-self._gere.rows_per_step * micro_steps // whole),
+    def _gere_added_parts(self, micro_steps: int) -> list[tuple[RowCounts, list[int]]]:
+        """Rows of each micro-step, and the replay rows that are added to it on this rank."""
+        return added_parts(
+            self._gere_plan,
+            _compat.ranks_of(self),
             seed=self._gere_seed,
-            start=self.state.global_step * self._gere.rows_per_step,
+            step=self.state.global_step,
             micro_steps=micro_steps,
-            micro_batch_size=self._train_batch_size,
-            world_size=ranks.count,
-            lengths=plan.lengths,
-            rows_per_step=self._gere.rows_per_step,
+            rows=self._train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
         )
-        tasks = self._train_batch_size
-        own = [by_rank[ranks.index] for by_rank in shares]
-        counts = [
-            RowCounts(tasks, len(here), tasks * ranks.count, sum(map(len, by_rank)))
-            for here, by_rank in zip(own, shares, strict=True)
-        ]
-        return counts, own
-
-    def _gere_share(self, rows: Sequence[RowCounts], items: Any) -> StepShare:
-        """How the parts of the step add up, by the rows of its micro-steps."""
-        ranks = self.accelerator.num_processes
-        task, _, all_task, all_replay = (sum(counts) for counts in zip(*rows, strict=True))
-        divisor = len(rows) if _compat.divides_by_accumulation(self, items) else None
-        # Where each rank divides by its own tokens, its losses add up to a mean over its own rows.
-        own_mean = all_task > 0 and not _compat.counts_over_ranks(self)
-        return StepShare(all_task, all_replay, ranks, divisor, task * ranks / all_task if own_mean else 1.0)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Loss of the parent for the task rows, and of the replay rows of the micro-step, each with its share."""
@@ -278,17 +236,16 @@ class GeReMixin(_Parent):
         if session is None or not (steps.open and torch.is_grad_enabled()):
             return parent(model, inputs, *args, **kwargs)
         step, share = steps.take(), steps.share
-        parts: list[Tensor] = []
-        others: tuple[Any, ...] = ()
-        if step.rows.all_task:
-            with steps.held():
-                found = parent(model, inputs, *args, **kwargs)
-            loss, *others = found if isinstance(found, tuple) else (found,)  # type: ignore[assignment]
-            parts.append(session.task_part(loss, step.rows.task, share))
+        if not step.rows.all_task:
+            return session.replay_part(model, step, share)
+        # The parent gets its arguments in the form that Trainer chose: classes differ in their order and their names.
+        with steps.held():
+            found = parent(model, inputs, *args, **kwargs)
+        loss, *outputs = found if isinstance(found, tuple) else (found,)
+        total = session.task_part(loss, step.rows.task, share)
         if step.replay:
-            parts.append(session.replay_part(model, step, share))
-        total = sum(parts[1:], parts[0])
-        return (total, *others) if others else total
+            total = total + session.replay_part(model, step, share)
+        return (total, *outputs) if outputs else total
 
     def _gere_end_step(self) -> None:
         session = self._gere_session
@@ -338,12 +295,14 @@ class GeReMixin(_Parent):
         )
         checks.refuse_hidden_layers(strategy_of(self._gere, model).layers, inner)
         # A second `train()` of the same model keeps the anchor of the first, since the weights have moved.
-        same = self._gere_checkpoint is None and self.model_init is None
+        previous = self._gere_session
+        if self._gere_checkpoint is not None or self.model_init is not None:
+            previous = None
         self._gere_session = begin_session(
             self._gere_plan,
             model,
             checkpoint=self._gere_checkpoint,
-            previous=self._gere_session if same else None,
+            previous=previous,
             every_rank_calls=sharded or not policy.is_whole(policy.kind_of(self)),
             progress=self._gere_shows_progress,
         )

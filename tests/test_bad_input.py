@@ -32,7 +32,7 @@ from gere.errors import (
 )
 from gere.model.states import is_reentrant
 from gere.replay.rows import load_replay_set
-from gere.replay.texts import load_texts
+from gere.replay.texts import load_texts, write_records
 from gere.sampler import BatchInsertionSampler
 
 TEXTS = ["One text of several words.", "Another text, a little longer than the first."]
@@ -181,7 +181,7 @@ def test_own_data_loader_gets_added_rows_or_is_refused(make_trainer):
         return trainer
 
     for cls in (Before, Behind):
-        match = f"replay_mode[\\s\\S]*{cls.__name__} makes its own data loader"
+        match = r"replay_mode[\s\S]*makes its own data loader"
         refused(make(cls, config={"replay_mode": "replace"}), UnsupportedSettingError, match)
         refused(make(cls, replay=0), ConfigError, r"num_interpolate_per_batch[\s\S]*at least 1")
     trainer = make(Before)
@@ -414,6 +414,16 @@ def test_every_source_of_texts_gives_the_same(tmp_path):
     assert load_texts(GeReConfig(replay_dataset=TEXTS, replay_size=1), tmp_path) == TEXTS[:1]
     rows = Dataset.from_dict({"body": TEXTS})
     assert load_texts(GeReConfig(replay_dataset=rows, replay_column="body"), tmp_path) == TEXTS
+
+
+def test_a_parquet_file_without_the_column(tokenizer, tmp_path):
+    Dataset.from_dict({"body": TEXTS}).to_parquet(tmp_path / "a.parquet")
+    unusable({"replay_dataset": tmp_path / "a.parquet"}, tokenizer, ReplaySetError, r"^The replay set has no such")
+
+
+def test_half_of_a_surrogate_pair_is_read_as_it_was_written(tmp_path):
+    write_records(tmp_path / "a.jsonl", [{"text": "half \ud83d of a pair"}])
+    assert load_texts(GeReConfig(replay_dataset=tmp_path / "a.jsonl"), tmp_path) == ["half \ud83d of a pair"]
 
 
 @pytest.fixture

@@ -8,15 +8,14 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, load_tiny
-from gere.writing import base_texts
-from test_self_replay import small
+from conftest import DATA, ROOT, TINY, load_tiny
 
 from gere import GeReConfig
 from gere.cli.main import main
 from gere.cli.replay_stats import Record, describe, without_repeats
 from gere.replay.texts import load_texts
-from gere.session.anchor import write_key
+from gere.replay.written import own_texts
+from gere.session.checkpoint import write_key
 
 
 @pytest.fixture
@@ -44,28 +43,16 @@ def test_help_imports_nothing_heavy():
         "    sys.stderr.write(' '.join({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stderr == "" and "--source" in done.stdout and "--temperature" in done.stdout
+    assert done.stderr == "" and "--source" in done.stdout and "self_temperature" in done.stdout
 
 
 def test_texts_of_a_model_are_those_of_a_training(tmp_path, tokenizer, capsys):
     out = tmp_path / "new" / "replay.jsonl"
-    words = [
-        "--source",
-        "self",
-        "--size",
-        12,
-        "--model",
-        TINY,
-        "--max-length",
-        32,
-        "--batch-size",
-        8,
-        "--device",
-        "cpu",
-    ]
-    assert main(["replay", *map(str, words), "--out", str(out)]) == 0
+    words = f"--source self --size 12 --model {TINY} --set max_length=32 --set self_batch_size=8 --device cpu"
+    assert main(["replay", *words.split(), "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    texts = base_texts(load_tiny(), tokenizer, small(), tmp_path / "cache")
+    config = GeReConfig(replay_dataset="self", replay_size=12, max_length=32, self_batch_size=8)
+    texts = own_texts(load_tiny(), tokenizer, config, tmp_path / "cache")
     assert records_of(out) == [{"text": text, "source": "self"} for text in texts]
     assert load_texts(GeReConfig(replay_dataset=str(out)), tmp_path) == texts
     assert "texts        12\n" in shown and "self: 12 texts, 100.0%" in shown and "wrote 12 texts" in shown
@@ -73,24 +60,14 @@ def test_texts_of_a_model_are_those_of_a_training(tmp_path, tokenizer, capsys):
 
 
 def test_saving_dir_finds_and_keeps_texts(tmp_path, capsys, monkeypatch):
-    words = [
-        "--source",
-        "self=9",
-        "--model",
-        str(TINY),
-        "--max-length",
-        "24",
-        "--saving-dir",
-        str(tmp_path / "saving"),
-    ]
-    words += ["--device", "cpu"]
-    assert main(["replay", *words]) == 0 and len(list((tmp_path / "saving").glob("replay-*"))) == 2
-    monkeypatch.setattr("gere.writing.sampling.TextSampler.batch", None)
+    folder = tmp_path / "saving"
+    words = f"--source self=9 --model {TINY} --set max_length=24 --saving-dir {folder} --device cpu".split()
+    assert main(["replay", *words]) == 0 and len(list(folder.glob("replay-self-*.jsonl"))) == 1
+    monkeypatch.setattr("transformers.GenerationMixin.generate", None)
     assert main(["replay", *words]) == 0
     first, second = capsys.readouterr().out.split("texts        9")[1:]
-    assert first == second and list(tmp_path.iterdir()) == [tmp_path / "saving"], (
-        "without --out nothing else is written"
-    )
+    assert first == second
+    assert list(tmp_path.iterdir()) == [folder], "without --out nothing else is written"
 
 
 def test_sources_are_mixed_and_repeats_dropped(tmp_path, write, capsys):
@@ -113,15 +90,26 @@ def test_sources_are_mixed_and_repeats_dropped(tmp_path, write, capsys):
 def test_hub_sources(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def stream(name, config, size):
-        asked.append((name, config.replay_split, config.replay_column, size))
-        return [f"{name} {row}" for row in range(size)]
+    def load_dataset(name, split, streaming):
+        asked.append((name, split, streaming))
+        return ({"text": "not this", "body": f"{name} {row}"} for row in range(99))
 
-    monkeypatch.setattr("gere.replay._stream", stream)
-    words = ["--source", "hub=3", "--source", "someone/general=2", "--split", "dev", "--column", "body"]
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    words = [
+        "--source",
+        "hub=3",
+        "--source",
+        "someone/general=2",
+        "--set",
+        "replay_split=dev",
+        "--set",
+        "replay_column=body",
+    ]
     assert main(["replay", *words, "--out", str(tmp_path / "out.jsonl")]) == 0
-    assert asked == [("DKYoon/SlimPajama-6B", "dev", "body", 3), ("someone/general", "dev", "body", 2)]
-    assert [record["source"] for record in records_of(tmp_path / "out.jsonl")] == ["hub"] * 3 + ["someone/general"] * 2
+    assert asked == [("DKYoon/SlimPajama-6B", "dev", True), ("someone/general", "dev", True)]
+    records = records_of(tmp_path / "out.jsonl")
+    assert [record["source"] for record in records] == ["hub"] * 3 + ["someone/general"] * 2
+    assert records[4]["text"] == "someone/general 1"
     assert "hub: 3 texts, 60.0%" in capsys.readouterr().out
 
 
@@ -143,8 +131,8 @@ def test_a_file_is_never_overwritten_by_accident(tmp_path, write, capsys):
     assert main(["replay", "--source", source, "--out", str(out), "--force"]) == 0 and len(records_of(out)) == 1
 
 
-def test_commands_of_the_readme(tmp_path, monkeypatch, capsys):
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("gere replay")]
+def test_commands_of_the_page(tmp_path, monkeypatch, capsys):
+    lines = [line for line in (ROOT / "docs" / "texts.md").read_text().splitlines() if line.startswith("gere replay")]
     assert len(lines) == 3
     monkeypatch.chdir(tmp_path)
     for name in ("base_llms", "examples"):
@@ -158,6 +146,11 @@ def test_commands_of_the_readme(tmp_path, monkeypatch, capsys):
 def test_errors_by_name(tmp_path, write, capsys):
     assert "--model" in fails(capsys, "--source", "self")
     assert "cannot be loaded" in fails(capsys, "--source", "self", "--model", tmp_path / "nothing")
+    assert "self_top_p" in fails(capsys, "--source", "self", "--model", TINY, "--set", "self_top_p=2")
+    assert "Did you mean max_length" in fails(capsys, "--source", "self", "--model", TINY, "--set", "max_lenght=9")
+    for word in ("replay_dataset=a.jsonl", "replay_size=3", "w_strategy=dy"):
+        said = fails(capsys, "--source", "self", "--model", TINY, "--set", word)
+        assert "--source" in said and word.split("=")[0] in said
     assert "self_top_p" in fails(capsys, "--source", "self", "--model", TINY, "--top-p", "2")
     for number in ("0", "-3", "abc", ""):
         assert "SOURCE=N" in fails(capsys, "--source", f"self={number}", "--model", TINY)
@@ -170,6 +163,15 @@ def test_errors_by_name(tmp_path, write, capsys):
     load_tiny().save_pretrained(tuned)
     write_key(tuned, "0" * 32)
     said = fails(capsys, "--source", "self", "--model", tuned, "--tokenizer", TINY)
-    assert "tuned from another one" in said and "gere_anchor.json" in said
+    assert "fine-tuned from a base model" in said and "gere_anchor.json" in said
     with pytest.raises(SystemExit):
         main(["replay"])
+
+
+def test_options_are_short_for_settings(capsys):
+    source = f"{DATA / 'general.jsonl'}=5"
+    outputs = []
+    for words in (["--max-length", "7"], ["--set", "max_length=7"]):
+        assert main(["replay", "--source", source, "--tokenizer", str(TINY), *words]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and "longer than 7 tokens" in outputs[0]

@@ -15,6 +15,7 @@ from processes import finish, run, start
 
 # transformers 4 to 5.6 loads the optimizer of several processes onto a device "cpu:0", which torch does not know.
 RESUMING = (2, 1) if tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 6) else (1,)
+SLOW = pytest.mark.slow
 ANCHOR = {"config": {"anchor_batch_tokens": 80}, "steps": 2}
 
 
@@ -60,7 +61,9 @@ def assert_same_rows(ours, theirs, first=0):
 
 # 16 rows in a step and 4 in a micro-step, 2 of them on each of the two ranks: whole micro-steps of replay rows, one
 # row, a rest that leaves a rank without task rows, and the replay set shuffled into the epoch.
-@pytest.mark.parametrize("replay", [4, 1, 7, None])
+@pytest.mark.parametrize(
+    "replay", [pytest.param(4, marks=SLOW), pytest.param(1, marks=SLOW), 7, pytest.param(None, marks=SLOW)]
+)
 def test_two_processes_follow_the_curve_of_one(tmp_path, alone, replay):
     ours, theirs = run(tmp_path, 2, replay=replay), alone(replay=replay)
     assert_same_curve(ours, theirs)
@@ -77,7 +80,7 @@ def test_two_processes_follow_the_curve_of_one(tmp_path, alone, replay):
         assert [call["decoder"] for call in calls] == [20 * 5, 20 * 4]
 
 
-@pytest.mark.parametrize("strategy", ["tm", "kl", "l2"])
+@pytest.mark.parametrize("strategy", ["tm", pytest.param("kl", marks=SLOW), pytest.param("l2", marks=SLOW)])
 def test_the_weight_auto_and_every_strategy_on_two_processes(tmp_path, alone, strategy):
     """The first rows of all ranks together fix the weight; no rank knows another one's rows before.
 
@@ -90,6 +93,7 @@ def test_the_weight_auto_and_every_strategy_on_two_processes(tmp_path, alone, st
     assert ours.logs[0]["gere/weight"] == 0 < ours.logs[-1]["gere/weight"]
 
 
+@pytest.mark.slow
 def test_ranks_of_one_row_each(tmp_path, alone):
     """In the mixed micro-step each rank has either a task row or a replay row, which the model inside is called on."""
     job = {"replay": 1, "global_micro": 2, "accumulation": 8}
@@ -101,6 +105,7 @@ def test_ranks_of_one_row_each(tmp_path, alone):
     ]
 
 
+@pytest.mark.slow
 def test_tokens_counted_by_each_rank_alone(tmp_path):
     """Each rank's mean counts by its rows, as the parent's gradients do: no rank weighs more for having fewer."""
     done = run(tmp_path, 2, replay=7, steps=3, args={"average_tokens_across_devices": False})
@@ -118,6 +123,7 @@ def test_a_rank_without_any_task_row(tmp_path):
         assert all(math.isfinite(value) for value in log.values()) and log["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_added_rows_on_two_processes(tmp_path, alone):
     job = {"replay": 3, "stream": True}
     ours, theirs = run(tmp_path, 2, **job), alone(**job)
@@ -144,6 +150,7 @@ def deepspeed_extensions(tmp_path_factory):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_zero_follows_the_curve_of_one(tmp_path, alone, deepspeed_extensions):
     """Both stages in one test, since the first compiles for both."""
@@ -153,6 +160,7 @@ def test_zero_follows_the_curve_of_one(tmp_path, alone, deepspeed_extensions):
         assert_same_curve(done, alone(replay=3))
 
 
+@pytest.mark.slow
 def test_each_rank_distils_its_share_of_the_anchor_once(tmp_path, alone):
     """The same bytes for any number of processes; a second start and another world size build nothing."""
     one, two = alone(**ANCHOR), run(tmp_path, 2, **ANCHOR)
@@ -167,6 +175,7 @@ def test_each_rank_distils_its_share_of_the_anchor_once(tmp_path, alone):
         assert again.results[0]["files"] == two.results[0]["files"]
 
 
+@pytest.mark.slow
 def test_machines_without_a_shared_disk(tmp_path, alone):
     done = run(tmp_path, 2, folders="own", **ANCHOR)
     assert done.results[0]["hashes"] == done.results[1]["hashes"] == alone(**ANCHOR).results[0]["hashes"]
@@ -180,6 +189,7 @@ def test_machines_without_a_shared_disk(tmp_path, alone):
     assert again.results[0]["hashes"] == again.results[1]["hashes"]
 
 
+@pytest.mark.slow
 def test_a_damaged_anchor_is_not_handed_on(tmp_path):
     """One disk lost its anchor and the other one's is damaged: an error, and nothing is overwritten."""
     run(tmp_path, 2, folders="own", **ANCHOR)
@@ -192,7 +202,7 @@ def test_a_damaged_anchor_is_not_handed_on(tmp_path):
     assert shard.read_bytes() == damaged and not list((tmp_path / "saving-1").glob("anchor-*/manifest.json"))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=SLOW)])
 def test_one_rank_fails_and_all_end(tmp_path, strategy):
     done = run(tmp_path, 2, succeed=False, strategy=strategy, fail_rank=1, **ANCHOR)
     assert all(done.codes) and "Timeout (" not in done.output, "a rank waited until the limit of the job"
@@ -200,6 +210,7 @@ def test_one_rank_fails_and_all_end(tmp_path, strategy):
     assert "rank 1" in done.output
 
 
+@pytest.mark.slow
 def test_a_killed_build_of_two_goes_on_with_one(tmp_path, alone):
     """Parts that were finished before the kill are not computed again."""
     job = {"slow": 0.25, **ANCHOR}
@@ -220,6 +231,7 @@ def test_a_killed_build_of_two_goes_on_with_one(tmp_path, alone):
     assert done.results[0]["distilled"] < whole["distilled"]
 
 
+@pytest.mark.slow
 def test_resume_with_as_many_and_with_fewer_processes(tmp_path, alone):
     """A resumed run sees the rows that the uninterrupted one sees, and the same anchor."""
     job = {"steps": 8, "replay": 3, "args": {"lr_scheduler_type": "constant"}}

@@ -11,9 +11,8 @@ import yaml
 from conftest import ROOT
 
 from gere.errors import ConfigError, GeReError, UnsupportedSettingError
-from gere.integrations.llamafactory import run
+from gere.integrations.llamafactory import run, torchrun_options, worker_environment
 from gere.integrations.llamafactory_config import split_config
-from gere.integrations.torchrun import torchrun_options, worker_environment
 
 SECTION = {"replay_strategy": "ce"}
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import math
 import random
 import re
 import sys
-from types import SimpleNamespace
 
 import lm_eval_stand_in as stand_in
 import numpy as np
@@ -20,12 +18,9 @@ from processes import run
 from transformers import Trainer
 
 from gere import GeneralAbilityCallback, GeReTrainer
-from gere.ability import Question, choice_accuracy, option_scores, read_questions
-from gere.continual.sequence import _ability
 from gere.errors import ConfigError, MissingPackageError, QuestionError
-from gere.evaluation import lm_eval_scores as harness_scores
+from gere.evaluation import Question, choice_accuracy, option_scores, read_questions
 from gere.evaluation.lm_eval import load_tasks
-from gere.evaluation.lm_eval_scores import harness_accuracy
 from gere.ranks import Ranks
 
 WORDS = "the room was dirty and badly made, but they served roasted seeds"
@@ -67,20 +62,21 @@ def test_what_lm_eval_is_given(package, model, tokenizer):
     ability.measure(model, tokenizer)
     first, second = evaluations()
     assert first["samples"] == second["samples"] == {"arc_easy": [0, 2, 4, 6]}, "evenly spread"
-    assert first["model"] is model and first["iterations"] == 0
+    assert first["iterations"] == 0 and first["seeds"] == second["seeds"] == [1234], "the same examples each time"
+    with torch.no_grad():
+        assert torch.equal(first["logits"], model.eval()(torch.tensor([[5, 6, 7]])).logits)
     wanted = {"batch_size": 3, "max_length": 49, "softmax_dtype": "float32", "backend": "causal"}
     assert wanted.items() <= first.items()
     assert first["tokenizer"] is not tokenizer and tokenizer.pad_token != "changed"
-    assert ability._tasks["arc_easy"].parts["arc_easy"].seeds == [1234, 1234], "the same examples each time"
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_everything_is_put_back(package, model, tokenizer, fails, caplog):
+def test_everything_stays_as_it_was(package, model, tokenizer, fails):
     model.train()
     model.model.norm.eval()
     model.config.use_cache = True
-    model.tie_weights = lambda: pytest.fail("weights are not to be tied anew")
-    own, before = model.tie_weights, luck()
+    model.tie_weights = lambda: pytest.fail("the weights must not be tied")
+    before = luck()
     ability = GeneralAbilityCallback(tasks=["lm-eval:arc_easy"])
     assert luck() == before, "loading draws no numbers"
     if fails:
@@ -90,15 +86,9 @@ def test_everything_is_put_back(package, model, tokenizer, fails, caplog):
     else:
         ability.measure(model, tokenizer)
     (call,) = evaluations()
-    assert call["modes"] == {False} and not call["grad"] and call["use_cache"] is False
+    assert call["modes"] == {False} and not call["grad"] and call["cache"] is None
     assert model.training and not model.model.norm.training and model.config.use_cache is True
-    assert model.tie_weights is own and luck() == before
-    log = logging.getLogger("lm_eval.models.huggingface")
-    assert log.level == logging.NOTSET and "a model has been passed" not in caplog.text
-    del model.tie_weights
-    with harness_scores._left_alone(model):
-        assert "tie_weights" in vars(model)
-    assert "tie_weights" not in vars(model)
+    assert luck() == before
 
 
 def test_a_group_is_one_task_of_all_its_rows(package, model, tokenizer):
@@ -110,9 +100,9 @@ def test_a_group_is_one_task_of_all_its_rows(package, model, tokenizer):
     assert evaluations()[-1]["samples"] == {"one": [0]}, "no part without a row"
 
 
-def test_processes_share_the_rows_unless_the_weights_are_spread(package, model, tokenizer, monkeypatch):
+def test_processes_share_the_rows_unless_they_share_the_weights(package, model, tokenizer):
     task = load_tasks({"a": "lm-eval:group"}, {"a": "none"})["a"]
-    alone = harness_accuracy(model, tokenizer, task)
+    alone = task.score(model, tokenizer)
     parts: list[dict] = []
 
     def gather(item):
@@ -123,17 +113,17 @@ def test_processes_share_the_rows_unless_the_weights_are_spread(package, model, 
 
     scores = []
     for index in range(3):
-        ranks = Ranks(index, 3, gather=gather)
         try:
-            scores.append(harness_accuracy(model, tokenizer, task, ranks=ranks))
+            scores.append(task.score(model, tokenizer, ranks=Ranks(index, 3, gather=gather)))
         except KeyError:
-            assert index < 2, "a process alone has not all rows"
+            assert index < 2, "the first processes know only a part of the rows"
     assert scores == [alone] and [sum(map(len, call["samples"].values())) for call in evaluations()[1:]] == [4, 4, 4]
-    monkeypatch.setattr(harness_scores, "is_sharded", lambda model: True)
-    assert harness_accuracy(model, tokenizer, task, ranks=Ranks(1, 3, gather=lambda item: [item] * 3)) == alone
+    model.lm_head.weight.ds_shape = model.lm_head.weight.shape  # as DeepSpeed marks a sharded weight
+    assert task.score(model, tokenizer, ranks=Ranks(1, 3, gather=lambda item: [item] * 3)) == alone
     assert evaluations()[-1]["samples"] == evaluations()[0]["samples"]
 
 
+@pytest.mark.slow
 def test_two_processes(package, tmp_path, monkeypatch):
     monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "log"))
     job = {"texts": 4, "replay": 2, "accumulation": 1, "steps": 1, "config": {"replay_strategy": "ce"}}
@@ -157,11 +147,6 @@ def test_in_a_training(package, make_trainer, cls):
     assert end == {**start, "general/arc_easy_change": 0.0} and curves[0] == curves[1]
 
 
-def test_in_a_sequence(package, model, tokenizer):
-    settings = SimpleNamespace(ability={"tasks": ["lm-eval:arc_easy"], "limit": 3})
-    assert set(_ability(settings)(model, tokenizer)) == {"general/arc_easy", "general/arc_easy_se"}
-
-
 def test_where_tasks_are_looked_for(package, tmp_path):
     GeneralAbilityCallback(tasks=["lm-eval:arc_easy"], lm_eval_path=str(tmp_path))
     assert stand_in.CALLS.pop() == {"include_path": [str(tmp_path)], "include_defaults": True}
@@ -178,7 +163,8 @@ def test_where_tasks_are_looked_for(package, tmp_path):
         ("hellaswig", {}, QuestionError, "KeyError"),
         ("gone", {}, QuestionError, "the hub is not there"),
         ("empty", {}, QuestionError, "no questions"),
-        ("lambada", {}, QuestionError, "perplexity"),
+        ("lambada", {}, ConfigError, "perplexity"),
+        ("best", {}, ConfigError, "a mean over rows"),
         ("winogrande", {}, ConfigError, "normalization={'winogrande': 'none'}"),
         ("arc_easy", {"normalization": "tokens"}, ConfigError, "normalization of arc_easy"),
         ("arc_easy", {"lm_eval_path": "nowhere"}, ConfigError, "lm_eval_path"),
@@ -249,23 +235,20 @@ def task_files(tmp_path):
 
 @needs_lm_eval
 @pytest.mark.parametrize(("rule", "length"), [("none", 1024), ("characters", 1024), ("none", 24)])
-def test_both_backends_find_the_same(task_files, model, tokenizer, rule, length):
+def test_both_backends_find_the_same(task_files, model, tokenizer, monkeypatch, rule, length):
     """The answers, and behind them the log-likelihood of each option."""
-    seen = []
-    evaluate = harness_scores.module("lm_eval").evaluate
+    import lm_eval
 
-    class Watching:
-        @staticmethod
-        def evaluate(**settings):
-            seen.append(evaluate(**settings))
-            return seen[-1]
+    seen, evaluate = [], lm_eval.evaluate
 
-    original = harness_scores.module
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness_scores, "module", lambda name: Watching if name == "lm_eval" else original(name))
-        tasks = {"theirs": f"lm-eval:{task_files}/zero.yaml", "ours": task_files / "rows.jsonl"}
-        ability = GeneralAbilityCallback(tasks=tasks, normalization=rule, batch_size=7, max_length=length)
-        found = ability.measure(model.train(), tokenizer)
+    def watched(**settings):
+        seen.append(evaluate(**settings))
+        return seen[-1]
+
+    monkeypatch.setattr(lm_eval, "evaluate", watched)
+    tasks = {"theirs": f"lm-eval:{task_files}/zero.yaml", "ours": task_files / "rows.jsonl"}
+    ability = GeneralAbilityCallback(tasks=tasks, normalization=rule, batch_size=7, max_length=length)
+    found = ability.measure(model.train(), tokenizer)
     assert found["general/theirs"] == found["general/ours"] and model.training
     assert found["general/theirs_se"] == pytest.approx(found["general/ours_se"])
     questions = read_questions(task_files / "rows.jsonl")
@@ -311,18 +294,30 @@ def test_a_group_with_examples_and_a_limit(task_files, model, tokenizer):
     ability = GeneralAbilityCallback(tasks=["lm-eval:pair"], limit=30, normalization="none", lm_eval_path=manager)
     first = ability.measure(model, tokenizer)
     assert ability.measure(model, tokenizer) == first
-    parts = ability._tasks["pair"]
-    assert set(parts.parts) == {"zero", "two"} and len(parts.rows) == 30
-    zero = [row for part, row in parts.rows if part == "zero"]
+    task = load_tasks({"a": "lm-eval:pair"}, {"a": "none"}, 30, manager)["a"]
+    assert set(task.parts) == {"zero", "two"} and len(task.rows) == 30
+    zero = [row for part, row in task.rows if part == "zero"]
     questions = read_questions(task_files / "rows.jsonl")
     ours = choice_accuracy(model, tokenizer, [questions[row] for row in zero], normalization="none")
-    alone = harness_accuracy(model, tokenizer, parts._replace(rows=[("zero", row) for row in zero]))
+    alone = task._replace(rows=[("zero", row) for row in zero]).score(model, tokenizer)
     assert alone == pytest.approx(ours)
     model.model.norm.weight.data.fill_(math.nan)
     assert ability.measure(model, tokenizer)["general/pair"] == 0
 
 
 @needs_lm_eval
+def test_a_head_that_is_trained_apart_stays_so(task_files, model, tokenizer):
+    """The configuration still says that the head is tied."""
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach() + 0.1)
+    GeneralAbilityCallback(tasks=[f"lm-eval:{task_files}/zero.yaml"]).measure(model, tokenizer)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight, "tying is there to be avoided"
+
+
+@needs_lm_eval
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_find_what_one_does(task_files, tokenizer, strategy):
     job = {"texts": 4, "replay": 2, "accumulation": 1, "steps": 1, "config": {"replay_strategy": "ce"}}

@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import TINY
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from test_trainer import KEYS, train_logs
 from transformers import AutoModelForCausalLM
+from watching import train_logs
 
 pytest.importorskip("bitsandbytes")
 from transformers import BitsAndBytesConfig
 
+from gere import general_loss
 from gere.cache.fingerprint import architecture_digest, precision_of, weights_digest
 from gere.errors import CacheMismatchError
 
@@ -35,6 +36,7 @@ def with_qlora(prepared=False, **changes):
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
+KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
 KINDS = [{}, {"bnb_4bit_use_double_quant": True}, {"prepared": True}, {"compute": torch.bfloat16}]
 
 
@@ -85,7 +87,7 @@ def test_digest_is_the_same_in_another_process():
 def test_the_next_run_opens_the_anchor(make_trainer, tmp_path, monkeypatch):
     first = make_trainer(model=with_qlora())
     first.train()
-    monkeypatch.setattr("gere.anchoring.build_anchor", None)
+    monkeypatch.setattr("gere.session.anchor.build_anchor", None)
     second = make_trainer(model=with_qlora())
     second.train()
     assert second.replay.anchor.key == first.replay.anchor.key
@@ -123,6 +125,20 @@ def test_8_bits_train_too_but_round_differently_on_a_cpu(make_trainer):
     trainer = make_trainer(model=with_qlora(load_in_4bit=False, load_in_8bit=True))
     trainer.train()
     assert 0 < train_logs(trainer)[0]["gere/tm"] < 0.01  # bitsandbytes quantizes the inputs in eval mode alone
+
+
+@pytest.mark.parametrize("measure", ["anchor", "loss"])
+def test_measuring_leaves_the_weights_as_they_are(make_trainer, tokenizer, general, measure):
+    """On some CPUs bitsandbytes packs the weights of a model in eval mode, which rounds them."""
+    model = with_qlora()
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    before = [layer.weight.data.clone() for layer in layers]
+    if measure == "anchor":
+        make_trainer(model=model).train()
+    else:
+        general_loss(model, tokenizer, general[:4])
+    assert layers and not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+    assert all(torch.equal(layer.weight.data, data) for layer, data in zip(layers, before, strict=True))
 
 
 def test_the_name_of_a_precision():

@@ -65,7 +65,7 @@ def result(root: Path, name: str) -> tuple[list, dict]:
     return logs, load_file(next(final.glob("*model.safetensors")))
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_kill_and_resume_is_bit_for_bit(tmp_path, kind):
     assert run(tmp_path, "whole", kind, "0", "start") == 0
     assert run(tmp_path, "killed", kind, "10", "start") == -signal.SIGKILL
@@ -77,7 +77,7 @@ def test_kill_and_resume_is_bit_for_bit(tmp_path, kind):
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("replay", [0, 3])
+@pytest.mark.parametrize("replay", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_resume_at_every_step_of_three_epochs(make_trainer, arguments, task, general, tmp_path, replay):
     def args():
         return arguments(max_steps=-1, num_train_epochs=3, save_strategy="steps", save_steps=1, save_only_model=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
 
@@ -10,13 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_tiny
-from gere.cache.replay_files import find_texts, keep_texts, open_texts
-from gere.writing import base_texts
-from gere.writing.dialogue import take_apart
-from gere.writing.drawing import draw
-from gere.writing.sampling import TextSampler, prompt_of
-from gere.writing.sieve import Sample, Sieve, is_loop
-from test_lora import with_lora, with_own_adapter
+from peft import LoraConfig, get_peft_model
 from test_ranks import on_all, thread_ranks
 
 from gere import GeReConfig
@@ -32,19 +27,43 @@ from gere.errors import (
     UnsupportedModelError,
     UnsupportedSettingError,
 )
-from gere.model.generate import Writer
 from gere.replay.rows import tokenize
+from gere.replay.sampling import TextSampler, prompt_of, split_chat_template
+from gere.replay.sieve import Sample, Sieve, draw, is_loop
 from gere.replay.texts import load_texts
+from gere.replay.written import own_texts
 
 SMALL = {"replay_dataset": "self", "replay_size": 12, "max_length": 32, "self_batch_size": 8}
 CHAT = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+PLAIN_END = (
+    "{% for m in messages %}{% if m.role == 'user' %}[ASK]{{ m.content }} [END]{% else %}{{ m.content }}{% endif %}"
+    "{% endfor %}"
+)
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
 def small(**changes):
     return GeReConfig(**{**SMALL, **changes})
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.glob("replay-*"))
+
+
+def with_lora():
+    return get_peft_model(load_tiny(), LORA)
+
+
+def with_own_adapter():
+    model = load_tiny()
+    try:
+        model.add_adapter(LORA)
+    except ValueError as error:  # this version of transformers wants a newer PEFT for it
+        pytest.skip(str(error))
+    return model
 
 
 @pytest.fixture
@@ -56,22 +75,33 @@ def chat_tokenizer(tokenizer):
 
 @pytest.fixture
 def no_sampling(monkeypatch):
-    def refuse(self, number):
+    """Call it, and no model can be sampled any more."""
+
+    def refuse(*args, **kwargs):
         raise AssertionError("the model was sampled again")
 
-    monkeypatch.setattr(TextSampler, "batch", refuse)
+    return lambda: monkeypatch.setattr("transformers.GenerationMixin.generate", refuse)
+
+
+def say(model, *rows):
+    """Let a model give these tokens, row by row and call by call of its head, whatever it is asked."""
+    calls = iter(range(10**6))
+
+    def forward(module, args, logits):
+        call = next(calls)
+        logits[:] = -1e4
+        for place, tokens in enumerate(rows):
+            logits[place, -1, tokens[min(call, len(tokens) - 1)]] = 1e4
+        return logits
+
+    model.lm_head.register_forward_hook(forward)
 
 
 def state_of_the_world():
     return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
 
 
-def test_texts_that_gc_removes_are_written_again(model, tokenizer, tmp_path):
-    """Their manifest goes with them: on its own it would be damage."""
-    first = base_texts(model, tokenizer, small(), tmp_path)
-    gone = collect(tmp_path, set(), delete=True)
-    assert {path.suffix for path, *_ in gone} == {".json", ".jsonl"} and not list(tmp_path.glob("replay-*"))
-    assert base_texts(model, tokenizer, small(), tmp_path) == first
+# Sampling
 
 
 def test_the_same_texts_for_the_same_seed_alone(model, tokenizer):
@@ -83,7 +113,7 @@ def test_the_same_texts_for_the_same_seed_alone(model, tokenizer):
     assert all(len(sample.parts[0]) <= 31 for sample in first.batch(0))
 
 
-def test_nothing_else_is_touched(model, tokenizer):
+def test_nothing_else_is_touched(model, tokenizer, tmp_path):
     model.train()
     model.model.layers[0].eval()
     model.generation_config.repetition_penalty = 50.0
@@ -92,35 +122,38 @@ def test_nothing_else_is_touched(model, tokenizer):
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     vocabulary, backend = tokenizer.get_vocab(), tokenizer.backend_tokenizer.to_str()
     before = state_of_the_world()
-    strange = TextSampler(model, tokenizer, small()).batch(0)
+    strange = own_texts(model, tokenizer, small(), tmp_path / "strange")
     assert state_of_the_world() == before
     assert model.generation_config is settings and settings.to_dict() == content
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
     assert tokenizer.get_vocab() == vocabulary and tokenizer.backend_tokenizer.to_str() == backend
-    assert strange == TextSampler(load_tiny(), tokenizer, small()).batch(0), "its own settings leaked in"
+    assert strange == own_texts(load_tiny(), tokenizer, small(), tmp_path / "plain"), "its own settings leaked in"
 
 
-def test_all_is_given_back_when_sampling_fails(model, tokenizer, monkeypatch):
+def test_all_is_restored_when_sampling_fails(model, tokenizer, tmp_path, monkeypatch):
     model.train()
     settings, before = model.generation_config, state_of_the_world()
     monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        TextSampler(model, tokenizer, small()).batch(0)
+        own_texts(model, tokenizer, small(), tmp_path)
     assert model.generation_config is settings and model.training and state_of_the_world() == before
+    assert not files_in(tmp_path)
 
 
 @pytest.mark.parametrize("make", [with_lora, with_own_adapter])
-def test_the_adapter_is_disabled(make, tokenizer):
+def test_the_adapter_is_disabled(make, tokenizer, tmp_path):
     adapted = make()
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=5.0)
-    settings = adapted.generation_config
-    ours = TextSampler(adapted, tokenizer, small()).batch(0)
-    assert ours == TextSampler(load_tiny(), tokenizer, small()).batch(0)
+    settings, flags = adapted.generation_config, [weight.requires_grad for weight in adapted.parameters()]
+    ours, bare = tmp_path / "ours", tmp_path / "bare"
+    assert own_texts(adapted, tokenizer, small(), ours) == own_texts(load_tiny(), tokenizer, small(), bare)
+    assert files_in(ours) == files_in(bare), "the base has one key, with an adapter and without"
     assert adapted.generation_config is settings
+    assert [weight.requires_grad for weight in adapted.parameters()] == flags
     ids = torch.tensor([[0, 5, 6]])
     with torch.no_grad():
         assert not torch.equal(adapted(input_ids=ids).logits, load_tiny()(input_ids=ids).logits), "no adapter any more"
@@ -171,45 +204,61 @@ def test_a_process_that_fails_stops_all():
     assert isinstance(found[0], RankFailedError) and isinstance(found[1], ZeroDivisionError)
 
 
-def test_texts_are_made_once(model, tokenizer, tmp_path, caplog, monkeypatch):
+# The file
+
+
+def test_texts_are_made_once(model, tokenizer, tmp_path, caplog, no_sampling):
     caplog.set_level("INFO", logger="gere")
-    texts = base_texts(model, tokenizer, small(), tmp_path)
+    texts = own_texts(model, tokenizer, small(), tmp_path)
     assert len(texts) == 12 and "12 kept of" in caplog.text
-    lines, manifest = next(tmp_path.glob("replay-*.jsonl")), next(tmp_path.glob("replay-*.json"))
-    assert [json.loads(line) for line in lines.read_text().splitlines()] == [
-        {"text": text, "source": "self"} for text in texts
-    ]
-    kept = json.loads(manifest.read_text())
-    assert kept["counts"]["asked"] == 12 and kept["counts"]["drawn"] >= 12 and kept["texts"] == text_digest(texts)
+    (file,) = tmp_path.iterdir()
+    assert file.match("replay-self-????????????????.jsonl")
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert records == [{"text": text, "source": "self"} for text in texts]
     for changes in ({"self_seed": 1}, {"max_length": 30}, {"self_temperature": 0.9}, {"self_top_p": 0.5}):
-        base_texts(model, tokenizer, small(**changes), tmp_path)
-    assert len(list(tmp_path.glob("replay-*.jsonl"))) == 5
+        own_texts(model, tokenizer, small(**changes), tmp_path)
+    assert len(files_in(tmp_path)) == 5
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
-    assert base_texts(model, tokenizer, small(), tmp_path) and len(list(tmp_path.glob("replay-*.jsonl"))) == 6
-    monkeypatch.setattr(TextSampler, "batch", None)
-    assert base_texts(load_tiny(), tokenizer, small(), tmp_path) == texts, "the second start samples nothing"
+    assert own_texts(model, tokenizer, small(), tmp_path) and len(files_in(tmp_path)) == 6
+    model.config.rms_norm_eps = 0.1  # the weights alone do not make a model
+    assert own_texts(model, tokenizer, small(), tmp_path) and len(files_in(tmp_path)) == 7
+    no_sampling()
+    assert own_texts(load_tiny(), tokenizer, small(), tmp_path) == texts, "the second start samples nothing"
 
 
-def test_a_flipped_byte_is_refused(tmp_path):
-    fields, texts = {"seed": "0"}, ["a text", "caf\u00e9\u2028 one\nmore", "\ud800"]
-    lines = keep_texts(tmp_path, fields, texts, {"drawn": 3})
-    assert open_texts(tmp_path, fields).texts == find_texts(tmp_path, text_digest(texts)).texts == texts
-    assert open_texts(tmp_path, {"seed": "1"}) is None and find_texts(tmp_path, "0") is None
-    for path in (lines, lines.with_suffix(".json")):
-        good = path.read_bytes()
-        for place in range(0, len(good), 7):
-            path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
-            with pytest.raises((CacheCorruptError, CacheMismatchError)):
-                open_texts(tmp_path, fields)
-        path.write_bytes(good)
-    lines.unlink()
-    with pytest.raises(CacheCorruptError, match=r"replay-\w{16}.jsonl[\s\S]*FileNotFound"):
-        find_texts(tmp_path, text_digest(texts))
+def test_texts_on_the_disk_of_one_machine_reach_the_others(model, tokenizer, tmp_path, no_sampling):
+    texts = own_texts(model, tokenizer, small(), tmp_path / "1")
+    no_sampling()
+    ranks = [dataclasses.replace(rank, first_here=True) for rank in thread_ranks(2)]
+    found = on_all([lambda r=r: own_texts(model, tokenizer, small(), tmp_path / str(r.index), ranks=r) for r in ranks])
+    assert found == [texts, texts]
+
+
+def test_a_damaged_file_is_refused(model, tokenizer, tmp_path):
+    texts = own_texts(model, tokenizer, small(), tmp_path)
+    (file,) = tmp_path.iterdir()
+    good = file.read_bytes()
+    lines = good.splitlines(keepends=True)
+    for bad in (b"", b"".join(lines[:-1]), good[:-5], good + lines[0], good.replace(b'"text"', b'"tex"', 1), b"\xff"):
+        file.write_bytes(bad)
+        with pytest.raises(CacheCorruptError, match=f"{file.name}[\\s\\S]*12 lines"):
+            own_texts(model, tokenizer, small(), tmp_path)
+    for place in range(0, len(good), 7):
+        file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        try:
+            found = load_texts(small(), tmp_path, own_texts(model, tokenizer, small(), tmp_path))
+        except (CacheCorruptError, ReplaySetError):
+            continue
+        # What reads as a text is found by the digest that an anchor has of its texts; a source is no part of a text.
+        assert text_digest(found) != text_digest(texts) or b'"source"' in good[max(0, place - 20) : place + 10]
+
+
+# Conversations
 
 
 def test_a_conversation_is_kept_as_the_model_saw_it(model, chat_tokenizer):
-    assert take_apart(chat_tokenizer) == ("<s>[user]", "</s>[assistant]", "</s>")
+    assert split_chat_template(chat_tokenizer) == ("<s>[user]", "</s>[assistant]", "</s>")
     assert prompt_of(chat_tokenizer, small()) == "chat" != prompt_of(chat_tokenizer, small(self_prompt="bos"))
     config = small(max_length=64, replay_dataset=None)
     adds = chat_tokenizer("a")["input_ids"][0] == chat_tokenizer.bos_token_id
@@ -227,66 +276,58 @@ def test_a_conversation_is_kept_as_the_model_saw_it(model, chat_tokenizer):
         assert row[row.index(1) :][: len(turn)] == turn
 
 
-def test_an_answer_that_ended_is_closed(model, chat_tokenizer, monkeypatch):
-    def go_on(self, contexts, most, stops):
-        assert stops >= {chat_tokenizer.eos_token_id}
-        word = chat_tokenizer("Why not", add_special_tokens=False)["input_ids"]
-        from gere.model.generate import Continuation
-
-        return [Continuation(word, row == 0) for row in range(len(contexts))]
-
-    monkeypatch.setattr(Writer, "go_on", go_on)
-    first, second = TextSampler(model, chat_tokenizer, small(self_batch_size=2)).batch(0)
-    assert first.text.endswith("[assistant]Why not</s>") and second.text.endswith("[assistant]Why not")
+def test_an_answer_that_ended_is_closed(model, chat_tokenizer):
+    word = chat_tokenizer("Why not", add_special_tokens=False)["input_ids"]
+    message = [*word, chat_tokenizer.eos_token_id]
+    say(model, message * 2, message + word)
+    config = small(self_batch_size=2, max_length=64)
+    first, second = TextSampler(model, chat_tokenizer, config).batch(0)
+    assert first.text.endswith("[user]Why not</s>[assistant]Why not</s>")
+    assert "[user]Why not</s>[assistant]Why not" in second.text and not second.text.endswith("</s>")
+    assert len(tokenize([second.text], chat_tokenizer, config)[0]) == 64, "it was cut at max_length"
 
 
-def test_template_that_ends_a_turn_by_plain_words(model, chat_tokenizer, monkeypatch):
-    chat_tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'user' %}[ASK]{{ m.content }} [END]{% else %}{{ m.content }}"
-        "{% endif %}{% endfor %}"
-    )
-    answers = iter(["Why so? [END] and more", "No."])
-
-    def go_on(self, contexts, most, stops):
-        from gere.model.generate import Continuation
-
-        ids = chat_tokenizer(next(answers), add_special_tokens=False)["input_ids"]
-        return [Continuation(ids, False) for _ in contexts]
-
-    monkeypatch.setattr(Writer, "go_on", go_on)
-    sample = TextSampler(model, chat_tokenizer, small(self_batch_size=1, max_length=64)).batch(0)[0]
-    assert sample.text == "[ASK]Why so?  [END]No." or sample.text == "[ASK]Why so? [END]No."
+def test_template_that_ends_a_turn_by_plain_words(model, chat_tokenizer):
+    chat_tokenizer.chat_template = PLAIN_END
+    message, answer = chat_tokenizer(["Why so? [END] and more", "No."], add_special_tokens=False)["input_ids"]
+    end = [chat_tokenizer.eos_token_id]
+    say(model, message + end + answer + end)
+    sample = TextSampler(model, chat_tokenizer, small(self_batch_size=1, max_length=96)).batch(0)[0]
+    assert sample.text == "[ASK]Why so?  [END]No."
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0].content | upper }}", "{{ nothing.at.all }}", "no message"])
-def test_unusable_template(chat_tokenizer, template):
+def test_unusable_template(model, chat_tokenizer, tmp_path, template):
     chat_tokenizer.chat_template = template
-    with pytest.raises(TokenizerError, match=r"chat template[\s\S]*--prompt bos"):
-        take_apart(chat_tokenizer)
+    with pytest.raises(TokenizerError, match=r"chat template[\s\S]*--set self_prompt=bos"):
+        own_texts(model, chat_tokenizer, small(), tmp_path)
 
 
-def test_eos_where_there_is_no_bos_and_neither(model, tokenizer):
+# Models and tokenizers that cannot write
+
+
+def test_eos_where_there_is_no_bos_and_neither(model, tokenizer, tmp_path):
     bare = copy.deepcopy(tokenizer)
     bare.bos_token = None
-    assert TextSampler(model, bare, small()).batch(0)
+    assert own_texts(model, bare, small(), tmp_path)
     bare.eos_token = None
     with pytest.raises(TokenizerError, match=r"bos_token[\s\S]*neither"):
-        TextSampler(model, bare, small())
+        own_texts(model, bare, small(), tmp_path)
 
 
-def test_lengths_without_room(model, tokenizer, chat_tokenizer):
-    with pytest.raises(ReplaySetError, match=r"max_length[\s\S]*to 1024 tokens[\s\S]*1025"):
-        TextSampler(model, tokenizer, small(max_length=1025))
+def test_lengths_without_room(model, tokenizer, chat_tokenizer, tmp_path):
+    with pytest.raises(ReplaySetError, match=r"max_length[\s\S]*to 1024[\s\S]*1025"):
+        own_texts(model, tokenizer, small(max_length=1025), tmp_path)
     with pytest.raises(ReplaySetError, match="max_length"):
-        TextSampler(model, chat_tokenizer, small(max_length=8))
+        own_texts(model, chat_tokenizer, small(max_length=8), tmp_path)
 
 
 def test_models_that_cannot_write(model, tokenizer, tmp_path):
     with pytest.raises(UnsupportedModelError, match=r"generate\(\)"):
-        TextSampler(model.model, tokenizer, small())
+        own_texts(model.model, tokenizer, small(), tmp_path)
     model.lm_head.weight.ds_shape = model.lm_head.weight.shape
     with pytest.raises(UnsupportedSettingError, match=r"spread over processes[\s\S]*gere replay --source self"):
-        base_texts(model, tokenizer, small(), tmp_path)
+        own_texts(model, tokenizer, small(), tmp_path)
 
 
 def test_texts_without_a_model(tmp_path):
@@ -294,50 +335,67 @@ def test_texts_without_a_model(tmp_path):
         load_texts(small(), tmp_path)
 
 
-def saving(arguments, **changes):
-    return arguments(save_strategy="steps", save_steps=2, max_steps=4, **changes)
+# Training
 
 
-def trained(make_trainer, arguments, **changes):
-    trainer = make_trainer(args=saving(arguments), config=SMALL, **changes)
-    trainer.train()
+def saving(arguments):
+    return arguments(save_strategy="steps", save_steps=2, max_steps=4)
+
+
+def trained(make_trainer, arguments, checkpoint=None, **changes):
+    trainer = make_trainer(args=saving(arguments), **{"config": SMALL, **changes})
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
 
-def test_training_resume_and_second_task_use_the_first_texts(make_trainer, arguments, tmp_path):
+def test_training_resume_and_second_task_use_the_first_texts(make_trainer, arguments, tmp_path, no_sampling):
     first = trained(make_trainer, arguments)
-    rows, key = first._gere.replay_set(None).rows, first._gere.anchor.key
-    assert len(rows) == 12 and first.state.log_history[0]["gere/tm"] == 0.0
+    anchor, folder, checkpoint = first.replay.anchor, tmp_path / "gere_saving", str(tmp_path / "out" / "checkpoint-2")
+    (file,) = folder.glob("replay-*")
+    assert first.replay.texts == 12 and first.state.log_history[0]["gere/tm"] == 0.0
+    assert anchor.fields["texts"] == text_digest(json.loads(line)["text"] for line in file.open(encoding="utf-8"))
     first.save_model(str(tmp_path / "tuned"))
     tuned = type(load_tiny()).from_pretrained(tmp_path / "tuned")
     moved = copy.deepcopy(first.model)
     runs = [
-        ({}, str(tmp_path / "out" / "checkpoint-2")),  # resumed
-        ({"model": tuned}, None),  # its folder names the anchor
-        ({"model": moved, "config": {**SMALL, "anchor": key}}, None),  # named by the user
-        ({}, None),  # the base again
+        {"checkpoint": checkpoint},  # resumed
+        {"model": tuned},  # its folder names the anchor
+        {"model": moved, "config": {**SMALL, "anchor": anchor.key}},  # named by the user
+        {},  # the base again
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TextSampler, "batch", None)
-        for changes, checkpoint in runs:
-            trainer = make_trainer(args=saving(arguments), **{"config": SMALL, **changes})
-            trainer.train(resume_from_checkpoint=checkpoint)
-            assert trainer._gere.replay_set(None).rows == rows and trainer._gere.anchor.key == key
     with pytest.raises(CacheMismatchError, match="weights"):  # trained, in the same process, and naming nothing
-        trained(make_trainer, arguments, model=moved)
-    assert len(list((tmp_path / "gere_saving").glob("replay-*.jsonl"))) == 1, "a trained model was sampled"
-    other = make_trainer(args=saving(arguments), config={**SMALL, "self_seed": 3})
-    with pytest.raises(CacheMismatchError, match=r"seed 3 \(this run\)[\s\S]*seed 0 \(the texts\)"):
-        other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-    for path in (tmp_path / "gere_saving").glob("replay-*"):
-        path.unlink()
-    lost = make_trainer(args=saving(arguments), config=SMALL)
-    with pytest.raises(CacheMissingError, match=r"must not write them again[\s\S]*digest \w{64}"):
-        lost.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-    again = trained(make_trainer, arguments)  # from the base: the same texts, the same anchor
-    assert again._gere.replay_set(None).rows == rows and again._gere.anchor.key == key
+        trained(make_trainer, arguments, model=copy.deepcopy(moved))
+    no_sampling()
+    for changes in runs:
+        again = trained(make_trainer, arguments, **changes)
+        assert again.replay.anchor.key == anchor.key and again.replay.texts == 12
+    with pytest.raises(CacheMissingError, match=rf"must not write them again[\s\S]*{file.name}[\s\S]*the settings"):
+        trained(make_trainer, arguments, checkpoint, config={**SMALL, "self_seed": 3})
+    good = file.read_text(encoding="utf-8")
+    file.write_text(good.replace('{"text": "', '{"text": "Other ', 1), encoding="utf-8")
+    for changes in ({"checkpoint": checkpoint}, {}):
+        with pytest.raises(CacheMismatchError, match="other texts"):
+            trained(make_trainer, arguments, **changes)
+    file.unlink()
+    with pytest.raises(CacheMissingError, match=r"must not write them again[\s\S]*replay-self-\w{16}\.jsonl"):
+        trained(make_trainer, arguments, checkpoint)
 
 
+def test_gc_removes_texts_without_an_anchor_and_the_base_writes_them_again(
+    make_trainer, arguments, tokenizer, tmp_path
+):
+    folder, first = tmp_path / "gere_saving", trained(make_trainer, arguments)
+    (file,) = folder.glob("replay-*")
+    good = file.read_bytes()
+    own_texts(load_tiny(), tokenizer, small(self_seed=5), folder)
+    (other,) = set(folder.glob("replay-*")) - {file}
+    assert [item.path for item in collect(folder, {first.replay.anchor.key}, delete=True)] == [other]
+    assert {item.path for item in collect(folder, set(), delete=True)} == {file, first.replay.anchor.folder}
+    again = trained(make_trainer, arguments)
+    assert file.read_bytes() == good and again.replay.anchor.key == first.replay.anchor.key
+
+
+@pytest.mark.slow
 def test_two_processes_train_on_the_texts_of_one(tmp_path):
     from processes import run
 

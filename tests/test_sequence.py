@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -31,8 +32,7 @@ from gere.continual import (
     run,
     score,
 )
-from gere.continual.folder import RunFolder
-from gere.continual.matrix import read_matrix
+from gere.continual.folder import RunFolder, read_matrix
 from gere.continual.settings import settings_of
 from gere.continual.tasks import TaskRow, encode, prompt_ids
 from gere.continual.trainers import gere_trainer, load_model, order_seed, plain_trainer, training_arguments
@@ -157,6 +157,13 @@ def test_decoding_stops_at_line_end_and_at_eos(tokenizer):
         assert greedy_answers(model, tokenizer, prompts, 9) == [expected] * 3
         assert len(calls) == 2
         handle.remove()
+    # A word that ends a text is none of its special tokens, and no part of the answer either.
+    own = copy.deepcopy(tokenizer)
+    own.eos_token = "z"
+    end = own.eos_token_id
+    calls.clear()
+    model.register_forward_hook(head([other, end, other]))
+    assert greedy_answers(model, own, prompts, 9) == ["x"] * 3 and len(calls) == 2
 
 
 def test_likeliest_answers_against_float64(tokenizer):
@@ -240,6 +247,40 @@ def test_yaml_with_words_of_the_command_line(tmp_path):
     assert training_arguments(read, tmp_path).learning_rate == 1e-4
     with pytest.raises(ConfigError, match="tasks and out"):
         settings_of({"model": "m"}, file)
+    with pytest.raises(ConfigError, match="--set"):
+        read_sequence(file, ["seed=[3"])
+    file.write_text("model: [m")
+    with pytest.raises(ConfigError, match=r"seq\.yaml"):
+        read_sequence(file)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"input": "x", "output": null}', "line 3 of the file: output is null"),
+        ('{"input": null, "output": "good"}', "line 3 of the file: input is null"),
+        ('{"input": "x"}', "line 3 of the file: output is missing"),
+        ('["x", "good"]', "line 3 of the file: a JSON list, which is no record"),
+        ('{"input": "x", "output": "good"', "line 3 of the file: Expecting"),
+        ("", "no rows"),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_line(settings, tmp_path, line, message):
+    good = '{"instruction": null, "input": "x", "output": "good"}\n'
+    (tmp_path / "own.dev.jsonl").write_text(good)
+    file = tmp_path / "own.train.jsonl"
+    file.write_text(f"{good if line else ''}\n{line}\n")
+    with pytest.raises(ConfigError, match=rf"own\.train\.jsonl[\s\S]*{message}"):
+        read_task(str(file), settings())
+    file.write_text(good)
+    assert read_task(str(file), settings()).train == [TaskRow("", "x", "good")]
+
+
+def test_a_general_text_that_is_null_is_refused(settings, tmp_path):
+    file = tmp_path / "general.jsonl"
+    file.write_text('{"text": "some words"}\n{"text": null}\n')
+    with pytest.raises(ConfigError, match="general"):
+        run(settings(general=str(file)))
 
 
 def test_a_label_longer_than_a_row_is_refused(settings, folder):
@@ -264,6 +305,7 @@ def test_shipped_orders():
 # The sequence
 
 
+@pytest.mark.slow
 def test_the_example_of_the_whole_path(tmp_path):
     """It ends in a page, and replay forgets less of the general text than the plain trainer."""
     script = ROOT / "examples" / "whole_path.py"
@@ -359,7 +401,7 @@ def test_every_task_has_the_anchor_of_the_base(settings, folder, lora):
         moved.append(any((tensor != base[name]).any() for name, tensor in model.state_dict().items()))
         trainer = gere_trainer(model, tokenizer, train_rows, args, **extra)
         end = trainer.save_model
-        trainer.save_model = lambda *given: (keys.append(trainer._gere.anchor.key), end(*given))
+        trainer.save_model = lambda *given: (keys.append(trainer.replay.anchor.key), end(*given))
         return trainer
 
     given = settings(trainer="gere", gere=replay(folder), lora=lora, dev_rows=1)
@@ -378,16 +420,18 @@ def test_each_task_replays_other_rows(settings, folder):
     replayed = []
 
     def make(model, tokenizer, train_rows, args, **extra):
-        trainer = gere_trainer(model, tokenizer, train_rows, args, **extra)
-        compute = trainer.compute_loss
+        texts = [row["text"] for row in read_jsonl(folder / "general.jsonl", 24)]
+        replay_set = {tuple(tokenizer(text)["input_ids"][:40]) for text in texts}
+        seen = []
 
-        def watch(model, inputs, *given, **named):
-            replayed[-1].append(inputs["gere_replay"]["input_ids"].tolist())
-            return compute(model, inputs, *given, **named)
+        def watch(module, given, named):
+            if torch.is_grad_enabled():  # and neither the anchor nor the evaluation
+                for row, mask in zip(named["input_ids"], named["attention_mask"].bool(), strict=True):
+                    seen.extend({tuple(row[mask].tolist())} & replay_set)
 
-        trainer.compute_loss = watch
-        replayed.append([])
-        return trainer
+        model.get_decoder().register_forward_pre_hook(watch, with_kwargs=True)
+        replayed.append(seen)
+        return gere_trainer(model, tokenizer, train_rows, args, **extra)
 
     run(settings(trainer="gere", gere=replay(folder), dev_rows=1), make_trainer=make)
     first, second = replayed
@@ -443,6 +487,7 @@ def config_file(given: SequenceSettings, out: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_killed_twice_in_task_two_gives_the_same_matrix(settings, folder, tmp_path):
     training = {**settings().training, "max_steps": 8, "save_steps": 3}
     given = settings(trainer="killer:make", gere=replay(folder), training=training, general=f"{folder}/general.jsonl")
@@ -454,27 +499,39 @@ def test_killed_twice_in_task_two_gives_the_same_matrix(settings, folder, tmp_pa
 
 
 class Stop(TrainerCallback):
-    """Ends a training past its last checkpoint, before its model is kept: all that a kill leaves on the disk there."""
+    """Ends a training as a kill does, in one process: after a step, or at the end and before its model is kept."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
 
     def on_train_end(self, args, state, control, **kwargs):
         raise KeyboardInterrupt
 
 
-def test_stop_after_the_last_checkpoint_trains_no_step_more(settings, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "step", "left"), [("gere", 3, ["checkpoint-2"]), ("plain", None, ["checkpoint-4", "checkpoint-5"])]
+)
+def test_stop_in_task_two_resumes_bit_for_bit(settings, folder, tmp_path, kind, step, left):
+    """With replay in the middle; without at the end, where the last checkpoint would train a step too many."""
     training = {**settings().training, "max_steps": 5, "save_steps": 2}
-    whole, broken = (settings(training=training, before=False, name="same", out=f"{tmp_path}/{n}") for n in "ab")
+    extra = {"trainer": kind, "gere": replay(folder) if kind == "gere" else {}, "training": training, "name": "same"}
+    whole, broken = (settings(**extra, before=False, dev_rows=2, out=f"{tmp_path}/{name}") for name in "ab")
     run(whole)
 
     def make(model, tokenizer, train_rows, args, **extra):
-        trainer = plain_trainer(model, tokenizer, train_rows, args, **extra)
+        trainer = {"gere": gere_trainer, "plain": plain_trainer}[kind](model, tokenizer, train_rows, args, **extra)
         if "task-02" in args.output_dir:
-            trainer.add_callback(Stop())
+            trainer.add_callback(Stop(step))
         return trainer
 
     with pytest.raises(KeyboardInterrupt):
         run(broken, make_trainer=make)
     task = Path(broken.out) / "task-02-two"
-    assert sorted(path.name for path in task.glob("*")) == ["checkpoint-4", "checkpoint-5"]
+    assert sorted(path.name for path in task.glob("checkpoint-*")) == left and not (task / "model").exists()
     run(broken)
     same_runs(Path(whole.out), Path(broken.out))
 

@@ -106,7 +106,8 @@ class Pair:
             model = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=dtype)
         else:
             torch.manual_seed(0)
-            model = LlamaForCausalLM(_llama(self.options.random)).to(dtype)
+            with torch.device("cuda" if self.options.cuda else "cpu"):  # a large model takes long to fill on a CPU
+                model = LlamaForCausalLM(_llama(self.options.random)).to(dtype)
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
 

@@ -26,13 +26,8 @@ HEAD_TOKENS, HEAD_TOKENS_OF_OTHERS = {"cpu": 128}, 1024
 class BaseModel:
     """The base model as a function of replay rows: eval mode, no gradient, adapter disabled, training's autocast.
 
-    Args:
-        model: The model without its distributed wrapper.
-        pad_id: Padding token.
-        device: Where the model is.
-        strategy: What is kept of it.
-        autocast: Makes the context in which training computes.
-        whole: Call nothing but the whole model, since its weights are spread over processes.
+    The model has no distributed wrapper. `autocast` makes the context in which training computes. With `whole`, only
+    the model as a whole is called, since its weights are spread over processes.
     """
 
     def __init__(
@@ -56,12 +51,13 @@ class BaseModel:
         self._reader = StateReader(model, strategy.layers)
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> Distilled:
-        """What is kept of rows of token ids, and their cross-entropies."""
+        """Return what is kept of rows of token ids, and their cross-entropies."""
         batch = {name: part.to(self._device) for name, part in pad_rows(rows, self._pad_id).items()}
         ids, mask = batch["input_ids"], batch["attention_mask"]
         lengths = [len(row) for row in rows]
         with self._asking(ids[:1, : lengths[0]], mask[:1, : lengths[0]]):
             if self._head is not None:
+                # The logits of all tokens would be the largest tensor by far. 1 is the least: 0 stands for all.
                 self._model(**batch, use_cache=False, logits_to_keep=1)
                 return self._by_head(self._head, ids, lengths)
             logits = self._model(**batch, use_cache=False).logits
@@ -69,7 +65,7 @@ class BaseModel:
             return Distilled(next_token_ce(logits, ids, mask), kept)
 
     def targets(self, ids: Tensor, mask: Tensor) -> Tensors:
-        """What is kept of a padded batch, tensors of shape [b, t, *]: the targets of a live strategy."""
+        """Return what is kept of a padded batch [b, t], tensors of shape [b, t, *]: the targets of a live strategy."""
         with self._asking(ids[:1], mask[:1]):
             if self._strategy.wants_logits:
                 logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -92,26 +88,33 @@ class BaseModel:
         return self._strategy.keep([state[row, :length] for state in self._reader.states], logits)
 
     def _by_head(self, head: nn.Module, ids: Tensor, lengths: Sequence[int]) -> Distilled:
-        """What is kept of rows, and their cross-entropies, with the logits of a chunk of real tokens at a time."""
+        """Return the same as `__call__`, with the logits of one chunk of real tokens at a time."""
         wants_logits = self._strategy.wants_logits
-        used = [length if wants_logits else length - 1 for length in lengths]  # the last token predicts nothing
-        states = torch.cat([self._reader.state[row, :count] for row, count in enumerate(used)])
-        following = [F.pad(ids[row, 1:length], (0, 1), value=-100) for row, length in enumerate(lengths)]
-        targets = torch.cat([row[:count] for row, count in zip(following, used, strict=True)])
+        counts, states, following = [], [], []
+        for row, length in enumerate(lengths):
+            # The last token predicts nothing, so only a strategy that keeps logits needs those of it.
+            count = length if wants_logits else length - 1
+            counts.append(count)
+            states.append(self._reader.state[row, :count])
+            following.append(F.pad(ids[row, 1:length], (0, 1), value=-100)[:count])
+        chunk = HEAD_TOKENS.get(self._device.type, HEAD_TOKENS_OF_OTHERS)
         losses: list[Tensor] = []
         kept: list[Tensors] = []
-        chunk = HEAD_TOKENS.get(self._device.type, HEAD_TOKENS_OF_OTHERS)
-        for state, target in zip(states.split(chunk), targets.split(chunk), strict=True):
+        for state, target in zip(torch.cat(states).split(chunk), torch.cat(following).split(chunk), strict=True):
             logits = head(state[None])[0]
             losses.append(token_ce(logits, target))
             if wants_logits:
                 kept.append(self._strategy.keep([], logits))
-        sums = torch.stack([row.sum() for row in torch.cat(losses).split(used)])
+        sums = torch.stack([row.sum() for row in torch.cat(losses).split(counts)])
         ce = sums / torch.tensor([length - 1 for length in lengths], device=sums.device).clamp(min=1)
         if not wants_logits:
             return Distilled(ce, [self._keep(row, length, None) for row, length in enumerate(lengths)])
-        whole = {name: torch.cat([part[name] for part in kept]).split(used) for name in kept[0]}
-        return Distilled(ce, [{name: rows[row] for name, rows in whole.items()} for row in range(len(lengths))])
+        rows: list[Tensors] = [{} for _ in lengths]
+        for name in kept[0]:
+            joined = torch.cat([part[name] for part in kept])
+            for place, values in enumerate(joined.split(counts)):
+                rows[place][name] = values
+        return Distilled(ce, rows)
 
     def _check(self, ids: Tensor, mask: Tensor) -> None:
         """Compare the hooks with `hidden_states`, and the head alone with the logits."""
@@ -126,18 +129,21 @@ class BaseModel:
                 found=f"a largest difference of {gap:g}",
                 fix="Use a Hugging Face causal language model whose head reads the decoder's output.",
             )
+        # A head that is called alone would find only a part of its weights where they are spread over processes.
         if not self._whole:
             self._head = self._plain_head(outputs.logits, ids, mask)
         self._checked = True
 
     def _plain_head(self, logits: Tensor, ids: Tensor, mask: Tensor) -> nn.Module | None:
-        """The head, if the logits are its output unchanged (no soft cap, no scale) and the model can leave them out."""
+        """Return the head, if the logits are its output unchanged and the model can leave them out."""
         head = getattr(self._model, "get_output_embeddings", lambda: None)()
         if head is None:
             return None
         own = head(self._reader.state)
+        # Some models scale or cap the output of their head. Accelerate turns the logits to float32 under autocast.
         if own.shape != logits.shape or not torch.equal(own.to(logits), logits):
             return None
+        # OPT, BLOOM and others do not know the argument in transformers 4.
         try:
             self._model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
         except TypeError:

@@ -2,10 +2,13 @@
 
 Each part holds the states and losses of some rows and is written as soon as it is done. When all parts are there, the
 bands follow from the merged moments, the states are encoded and dropped, and the folder gets its final name.
+
+Every process must call each function here that takes `ranks`.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from gere.cache.distil import Part, distil_parts, measure_noise, token_size
 from gere.cache.encode import encode
 from gere.cache.multi_node import spread_files
 from gere.cache.plan import BuildPlan, Distil, parts_of
-from gere.cache.store import MANIFEST, read_manifest, verify_files
+from gere.cache.store import MANIFEST, PARTIAL, RETIRED, read_manifest, verify_files
 from gere.errors import CacheCorruptError, CacheError
 from gere.ranks import ALONE, Ranks
 
@@ -22,10 +25,10 @@ from gere.ranks import ALONE, Ranks
 def build_anchor(
     folder: Path, plan: BuildPlan, distil: Distil, *, ranks: Ranks = ALONE, leads: bool = True, progress: bool = True
 ) -> None:
-    """Build an anchor at `folder`, going on from the parts that an earlier, killed build left.
+    """Build an anchor at `folder`, and reuse the parts that an earlier, killed build left.
 
-    Several processes take a share each. The bytes do not depend on their number, and where they do not share a disk,
-    every disk gets the whole anchor.
+    Several processes take a share each. The bytes do not depend on their number. Where they do not share a disk, every
+    disk gets the whole anchor.
 
     Args:
         folder: Folder of the finished anchor; replaced if it exists.
@@ -37,6 +40,7 @@ def build_anchor(
 
     Raises:
         CacheFolderError: If the folder cannot be written or the disk is full.
+        CacheCorruptError: If a part of an earlier build is damaged.
         NonFiniteStateError: If the model gives NaN or infinite values.
         RankFailedError: If another process failed.
     """
@@ -44,55 +48,47 @@ def build_anchor(
     ranks.together(lambda: make_folder(partial))
     complete = ranks.ask(lambda: _is_complete(partial))
     if not any(complete):
-        noise = None
-        width = 0
+        width, noise = 0, None
         if plan.strategy.wants_parts:
             width = token_size(partial, plan, distil, ranks)
         if plan.strategy.constants_file:
             noise = measure_noise(partial, plan, distil, ranks)
-        groups = parts_of(plan, width)
-        parts = [Part(partial, number, batches, plan) for number, batches in enumerate(groups)]
-        owners = distil_parts(parts, plan, distil, ranks, progress=progress)
-        encode(partial, plan, parts, owners, noise, ranks, leads=leads)
+        parts = [Part(partial, number, batches, plan) for number, batches in enumerate(parts_of(plan, width))]
+        distil_parts(parts, plan, distil, ranks, progress=progress)
+        encode(partial, plan, parts, noise, ranks, leads=leads)
+    # A disk that lacks what another one has complete gets a copy of that, by `spread_anchor`.
     done = leads and (complete[ranks.index] or not any(complete))
-    ranks.together(lambda: _publish(partial, folder) if done else None)
+    ranks.only(done, lambda: _publish(partial, folder))
 
 
 def is_everywhere(folder: Path, ranks: Ranks) -> bool:
-    """Whether every process sees the same finished anchor at `folder`.
-
-    Raises:
-        CacheCorruptError: If a manifest is damaged.
-        RankFailedError: If another process failed.
-    """
+    """Return whether every process sees the same finished anchor at `folder`."""
     manifests = set(ranks.ask(lambda: _checked_manifest(folder)))
     return len(manifests) == 1 and None not in manifests
 
 
 def spread_anchor(folder: Path, ranks: Ranks, *, leads: bool) -> None:
-    """Give the anchor at `folder`, if any disk has it, to those that lack it or that hold another build of it.
+    """Copy the anchor at `folder`, if any disk has it, to disks that lack it or hold another build of it.
 
-    Args:
-        folder: Folder of the anchor; the caller keeps other runs out.
-        ranks: All processes; each must call this.
-        leads: Whether this process writes for its disk.
+    The caller keeps other runs out.
 
     Raises:
         CacheCorruptError: If an anchor that was found is damaged.
-        RankFailedError: If another process failed.
     """
     manifests = ranks.ask(lambda: _checked_manifest(folder))
     if len(set(manifests)) == 1:
         return
-    owner = next(rank for rank, manifest in enumerate(manifests) if manifest is not None)
-    lacks = leads and manifests[ranks.index] != manifests[owner]
+    owner, manifest = next((rank, found) for rank, found in enumerate(manifests) if found is not None)
+    own = manifests[ranks.index]
+    # A damaged anchor must not be copied, and not be replaced in silence.
+    ranks.only(own is not None, lambda: verify_files(folder, read_manifest(folder)["files"]))
+    lacks = leads and own != manifest
     partial = partial_folder(folder)
-    ranks.together(lambda: make_folder(partial) if lacks else None)
-    digests = ranks.ask(lambda: _verified_digests(folder))[owner] or {}
-    digests[MANIFEST] = sha256(manifests[owner] or b"")
+    ranks.only(lacks, lambda: make_folder(partial))
+    digests = {**json.loads(manifest)["files"], MANIFEST: sha256(manifest)}
     source = folder if ranks.index == owner else partial
     spread_files(source, {name: (digest, owner) for name, digest in digests.items()}, ranks, leads=lacks)
-    ranks.together(lambda: _publish(partial, folder) if lacks else None)
+    ranks.only(lacks, lambda: _publish(partial, folder))
 
 
 def finish_build(folder: Path) -> None:
@@ -103,12 +99,12 @@ def finish_build(folder: Path) -> None:
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where the anchor at `folder` is built."""
-    return folder.with_name(folder.name + ".partial")
+    """Return the folder in which the anchor at `folder` is built."""
+    return folder.with_name(folder.name + PARTIAL)
 
 
 def _is_complete(partial: Path) -> bool:
-    """Whether a build was killed between its manifest and its final name."""
+    """Return whether a build was killed between its manifest and its final name."""
     if not (partial / MANIFEST).exists():
         return False
     try:
@@ -121,6 +117,7 @@ def _is_complete(partial: Path) -> bool:
             found=str(error).splitlines()[0],
             fix="Delete this .partial folder; the anchor is then built again from the base model.",
         ) from error
+    # A damaged file is no error here: it is made again from its part.
     try:
         verify_files(partial, files)
     except CacheCorruptError:
@@ -129,31 +126,25 @@ def _is_complete(partial: Path) -> bool:
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Drop what was needed for building alone, and give the folder its name."""
+    """Drop the parts, and give the folder its name."""
     names = {MANIFEST, *read_manifest(partial)["files"]}
     for path in partial.iterdir():
         if path.name not in names:
             path.unlink()
-    retired = folder.with_name(folder.name + ".retired")
+    # A folder cannot be renamed over one that is not empty. A kill between the two renames leaves a complete .partial
+    # folder and no anchor; the next start gives it its name.
+    retired = folder.with_name(folder.name + RETIRED)
     shutil.rmtree(retired, ignore_errors=True)
     if folder.exists():
         folder.rename(retired)
     partial.rename(folder)
+    # Before the old anchor goes: a loss of power must not leave neither of them.
     sync_folder(folder.parent)
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _verified_digests(folder: Path) -> dict[str, str] | None:
-    """Hashes of the files of a finished anchor, compared with the files; a damaged one is not handed on."""
-    if not (folder / MANIFEST).exists():
-        return None
-    files = read_manifest(folder)["files"]
-    verify_files(folder, files)
-    return dict(files)
-
-
 def _checked_manifest(folder: Path) -> bytes | None:
-    """Bytes of the manifest of a finished anchor; `None` if there is none."""
+    """Return the bytes of the manifest of a finished anchor; `None` if there is none."""
     if not (folder / MANIFEST).exists():
         return None
     read_manifest(folder)

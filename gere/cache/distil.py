@@ -1,205 +1,188 @@
-"""Run the base model over the replay rows: parts that survive a kill, shared out over the ranks."""
+"""Run the base model over the replay rows: in parts that survive a kill, shared out over the ranks."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gere._files import require_space, sha256
+from gere._files import require_space, sha256, write_atomic
 from gere.cache.multi_node import deal
-from gere.cache.parts import load_part, read_part, store_part
 from gere.cache.plan import BuildPlan, Distil, Distilled
-from gere.errors import NonFiniteStateError
+from gere.errors import CacheCorruptError, NonFiniteStateError
+from gere.losses.strategy import Tensors
 from gere.model.batching import shortest_row
 from gere.ranks import Ranks
 
-NOISE_ROWS = 8
+# Rows that are evaluated twice to measure the noise of rounding: at most one in 32, since each costs as much again.
+NOISE_ROWS, NOISE_SHARE = 8, 1 / 32
 
-Kept = dict[str, Tensor]
-
-
-def token_size(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) -> int:
-    """How many numbers are kept of a token, after making sure that the disk has room for all of them.
-
-    Args:
-        partial: Folder of the unfinished anchor.
-        plan: What is built.
-        distil: Runs the base model.
-        ranks: All processes; each must call this.
-
-    Raises:
-        CacheFolderError: If the disk has no room for what is kept.
-        RankFailedError: If another process failed.
-    """
-    row = plan.rows[shortest_row(plan.rows)]
-    kept = _call(ranks, distil, [row], needed=True)
-    shapes = [(values[0].numel(), values.element_size()) for values in (kept.kept[0] if kept else {}).values()]
-    width = sum(count for count, _ in shapes)
-    size = sum(count * bytes_each for count, bytes_each in shapes)
-    need = sum(map(len, plan.rows)) * _bytes_needed(plan, width, size)
-    ranks.together(lambda: require_space(partial, int(need)))
-    return width
-
-
-def _bytes_needed(plan: BuildPlan, width: int, size: int) -> float:
-    """Bytes of a token on the disk while it is built: what waits in a part, and beside it what comes of it."""
-    strategy = plan.strategy
-    shard = size if strategy.shard_bytes is None else width * strategy.shard_bytes
-    return (size if strategy.wants_parts else 0) + (shard if strategy.kind else 0)
-
-
-def measure_noise(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) -> Tensor:
-    """Largest change of each dimension, [d], when rows are evaluated alone and in a padded batch.
-
-    The kernels round differently for other shapes. An element on the edge of its region would then seem violated on the
-    untouched model, and `w_strategy="dy"` would pull at it as hard as the cross-entropy does. The first process
-    evaluates the batch and the last one the rows alone, for all.
-
-    Args:
-        partial: Folder of the unfinished anchor, where the result is kept.
-        plan: What is built.
-        distil: Runs the base model.
-        ranks: All processes; each must call this.
-
-    Raises:
-        RankFailedError: If another process failed.
-    """
-    longest = max(plan.rows, key=len)
-    count = max(1, min(NOISE_ROWS, plan.batch_tokens // len(longest) - 1))
-    by_length = sorted(plan.rows, key=len)
-    rows = by_length[:: max(1, len(by_length) // count)][:count]
-    path = partial / "noise-part.safetensors"
-    tag = sha256(repr((plan.strategy.field, rows)).encode())
-    stored = ranks.ask(lambda: load_part(path, tag) if ranks.index == 0 else None)[0]
-    if stored is not None:
-        return stored["noise"]
-
-    def evaluate() -> tuple[list[Kept], list[Kept]]:
-        padded: list[Kept] = []
-        alone: list[Kept] = []
-        # Where the weights are spread, every process must take part in every forward pass.
-        if ranks.index == 0 or ranks.lockstep:
-            padded = [_apart(kept) for kept in distil([*rows, longest]).kept[:-1]]
-        if ranks.index == ranks.count - 1 or ranks.lockstep:
-            alone = [_apart(distil([row]).kept[0]) for row in rows]
-        return padded, alone
-
-    found = ranks.gather(evaluate()) if ranks.lockstep else ranks.ask(evaluate)
-    change = [plan.strategy.change(*pair) for pair in zip(found[-1][1], found[0][0], strict=True)]
-    noise = torch.cat(change).amax(dim=0)
-    ranks.together(lambda: store_part(path, {"noise": noise}, tag) if ranks.index == 0 else None)
-    return noise
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> Kept:
-    return {name: values.cpu() for name, values in tensors.items()}
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> Kept:
-    """Copies in main memory: a row that is sent would take the whole batch, which it is a view of, along."""
-    return {name: values.cpu().clone() for name, values in tensors.items()}
+T = TypeVar("T")
 
 
 class Part:
-    """Some batches of rows, and the file that holds their states and losses.
-
-    Args:
-        partial: Folder of the unfinished anchor.
-        number: Its place among the parts.
-        batches: Indices of the rows of each forward pass.
-        plan: What is built.
-    """
+    """Some batches of rows, given by their indices, and the file that holds what the base model says about them."""
 
     def __init__(self, partial: Path, number: int, batches: list[list[int]], plan: BuildPlan) -> None:
         self.number = number
         self.batches = batches
         self.tokens = sum(len(plan.rows[row]) for batch in batches for row in batch)
         self.path = partial / f"part-{number:05d}.safetensors"
+        self.owner = 0  # the rank that has or evaluates it, set by `distil_parts`
+        self._plan = plan
         self._ce: list[Tensor] = []
-        self._kept: list[Kept] = []
-        self.tag = sha256(repr([[plan.rows[row] for row in batch] for batch in batches]).encode())
+        self._kept: list[Tensors] = []
+        # Another batch size, or other texts, group other rows into the part with this number.
+        self._tag = sha256(repr([[plan.rows[row] for row in batch] for batch in batches]).encode())
 
     def is_stored(self) -> bool:
-        """Whether the disk of this process has it."""
-        return load_part(self.path, self.tag) is not None
+        """Return whether the disk of this process has it."""
+        return _load(self.path, self._tag) is not None
 
-    def read(self) -> dict[str, Tensor]:
-        """Its `row`, `ce` and what the strategy keeps; errors as in `load_part`."""
-        return read_part(self.path, self.tag)
+    def read(self) -> tuple[Tensor, Tensor, Tensors]:
+        """Return its rows and their losses, each [n], and what the strategy keeps of all their tokens."""
+        stored = _load(self.path, self._tag)
+        if stored is None:
+            raise FileNotFoundError(self.path)
+        return stored.pop("row"), stored.pop("ce"), stored
 
-    def kept(self) -> dict[str, Tensor]:
-        """What the strategy keeps of its tokens."""
-        return {name: values for name, values in self.read().items() if name not in ("row", "ce")}
-
-    def take(self, batch: list[int], output: Distilled, plan: BuildPlan) -> None:
+    def take(self, batch: list[int], output: Distilled) -> None:
         """Keep what the model said about a batch; with the last one the file is written."""
-        ce, kept = output.ce.float().cpu(), [_on_cpu(row) for row in output.kept] if plan.strategy.wants_parts else []
+        ce = output.ce.float().cpu()
+        kept: list[Tensors] = []
+        if self._plan.strategy.wants_parts:
+            kept = [{name: values.cpu() for name, values in row.items()} for row in output.kept]
         _require_finite(ce, kept, batch)
         self._ce.append(ce)
         self._kept += kept
-        if len(self._ce) == len(self.batches):
-            index = torch.tensor([row for batch in self.batches for row in batch], dtype=torch.int64)
-            names = self._kept[0] if self._kept else ()
-            tensors = {name: torch.cat([row[name] for row in self._kept]) for name in names}
-            store_part(self.path, {"row": index, "ce": torch.cat(self._ce), **tensors}, self.tag)
-            self._ce, self._kept = [], []
+        if len(self._ce) < len(self.batches):
+            return
+        index = torch.tensor([*itertools.chain(*self.batches)], dtype=torch.int64)
+        tensors = {"row": index, "ce": torch.cat(self._ce)}
+        for name in self._kept[0] if self._kept else ():
+            tensors[name] = torch.cat([row[name] for row in self._kept])
+        _store(self.path, tensors, self._tag)
+        self._ce, self._kept = [], []
 
 
-def distil_parts(parts: Sequence[Part], plan: BuildPlan, distil: Distil, ranks: Ranks, *, progress: bool) -> list[int]:
-    """Make the parts that no disk has yet, each rank its own, in rounds of one batch on every rank.
+def token_size(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) -> int:
+    """Return how many numbers a part keeps of a token, after checking that the disk has room for all of them."""
+    sample = [plan.rows[shortest_row(plan.rows)]]
+    kept = _run(ranks, lambda: distil(sample)).kept[0]
+    width = sum(values[0].numel() for values in kept.values())
+    size = sum(values[0].numel() * values.element_size() for values in kept.values())
+    strategy = plan.strategy
+    shard: float = size
+    if not strategy.kind:
+        shard = 0
+    elif strategy.shard_bytes is not None:
+        shard = width * strategy.shard_bytes
+    # All parts stay until all shards are written beside them: the bands follow from the last part.
+    needed = sum(map(len, plan.rows)) * (size + shard)
+    ranks.together(lambda: require_space(partial, int(needed)))
+    return width
 
-    Args:
-        parts: All parts.
-        plan: What is built.
-        distil: Runs the base model.
-        ranks: All processes; each must call this.
-        progress: Show a progress bar.
 
-    Returns:
-        The rank that has each part.
+def measure_noise(partial: Path, plan: BuildPlan, distil: Distil, ranks: Ranks) -> Tensor:
+    """Return the largest change of each dimension, [d], between rows evaluated alone and in a padded batch.
 
-    Raises:
-        NonFiniteStateError: If the model gives NaN or infinite values.
-        RankFailedError: If another process failed.
+    The result is kept in `partial` for a resumed build.
     """
+    # Kernels round differently for other shapes. An element on the edge of its region would then seem violated on the
+    # untouched model, and `w_strategy="dy"` would pull at it as hard as the cross-entropy does.
+    longest = max(plan.rows, key=len)
+    wanted = min(NOISE_ROWS, int(NOISE_SHARE * len(plan.rows)))
+    count = max(1, min(wanted, plan.batch_tokens // len(longest) - 1))
+    by_length = sorted(plan.rows, key=len)
+    rows = by_length[:: max(1, len(by_length) // count)][:count]
+    path = partial / "noise-part.safetensors"
+    tag = sha256(repr((plan.strategy.field, rows)).encode())
+    # Disks may differ, and all ranks must use the same noise.
+    stored = ranks.ask(lambda: _load(path, tag) if ranks.index == 0 else None)[0]
+    if stored is not None:
+        return stored["noise"]
+
+    def evaluate() -> tuple[list[Tensors], list[Tensors]]:
+        padded: list[Tensors] = []
+        alone: list[Tensors] = []
+        # Two ranks halve the time. Where the weights are spread, every process takes part in every forward pass.
+        if ranks.index == 0 or ranks.lockstep:
+            padded = [_apart(kept) for kept in distil([*rows, longest]).kept[:-1]]
+        if ranks.index == ranks.count - 1 or ranks.lockstep:
+            alone = [_apart(distil([row]).kept[0]) for row in rows]
+        return padded, alone
+
+    found = ranks.gather(_run(ranks, evaluate))
+    change = [plan.strategy.change(*pair) for pair in zip(found[-1][1], found[0][0], strict=True)]
+    noise = torch.cat(change).amax(dim=0)
+    ranks.only(ranks.index == 0, lambda: _store(path, {"noise": noise}, tag))
+    return noise
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> Tensors:
+    # Cloned, since a row that is sent would take the whole batch along, which it is a view of.
+    return {name: values.cpu().clone() for name, values in tensors.items()}
+
+
+def distil_parts(parts: Sequence[Part], plan: BuildPlan, distil: Distil, ranks: Ranks, *, progress: bool) -> None:
+    """Make the parts that no disk has yet, and set the owner of each."""
     owners, stored = deal(ranks.ask(lambda: [part.is_stored() for part in parts]))
-    missing = [(part, owner) for part, owner, there in zip(parts, owners, stored, strict=True) if not there]
-    queues = [
-        [(part, batch) for part, owner in missing if owner == rank for batch in part.batches]
-        for rank in range(ranks.count)
-    ]
-    spare = [shortest_row(plan.rows)]
+    queues: list[list[tuple[Part, list[int]]]] = [[] for _ in range(ranks.count)]
+    left = 0
+    for part, owner, there in zip(parts, owners, stored, strict=True):
+        part.owner = owner
+        if not there:
+            left += part.tokens
+            queues[owner] += [(part, batch) for batch in part.batches]
+    dummy = [plan.rows[shortest_row(plan.rows)]]
 
-    def one_batch(part: Part | None, batch: list[int]) -> None:
-        output = _call(ranks, distil, [plan.rows[row] for row in batch], needed=part is not None)
-        ranks.together(lambda: part.take(batch, output, plan) if part and output else None)
+    def one_batch(own: tuple[Part, list[int]] | None) -> None:
+        if own is not None:
+            part, batch = own
+            output = _run(ranks, lambda: distil([plan.rows[row] for row in batch]))
+            ranks.together(lambda: part.take(batch, output))
+            return
+        # A rank without rows takes part in the same exchanges: in the forward pass, where the weights are spread.
+        if ranks.lockstep:
+            distil(dummy)
+        else:
+            ranks.together(lambda: None)
+        ranks.together(lambda: None)
 
-    total, left = (sum(part.tokens for part in some) for some in (parts, [part for part, _ in missing]))
+    total = sum(part.tokens for part in parts)
     with tqdm(total=total, initial=total - left, unit="tok", desc="anchor", disable=not progress) as bar:
+        # In rounds of one batch on every rank, so that a failure reaches all within a round.
         for turn in itertools.zip_longest(*queues):
-            one_batch(*(turn[ranks.index] or (None, spare)))
-            bar.update(sum(len(plan.rows[row]) for step in turn if step for row in step[1]))
-    return owners
+            one_batch(turn[ranks.index])
+            for _, batch in filter(None, turn):
+                bar.update(sum(len(plan.rows[row]) for row in batch))
 
 
-def _call(ranks: Ranks, distil: Distil, rows: Sequence[Sequence[int]], *, needed: bool) -> Distilled | None:
-    """Run the model; where its weights are spread, a rank without rows of its own runs it for the others.
-
-    There, a failure cannot be told to the others, which wait inside their forward pass: it ends this process.
-    """
+def _run(ranks: Ranks, forward: Callable[[], T]) -> T:
+    """Run forward passes on every process."""
+    # Where the weights are spread, a failure cannot be told to the others, which wait inside their forward pass. It
+    # ends this process, and the launcher ends the others.
     if ranks.lockstep:
-        return distil(rows)
-    return ranks.together(lambda: distil(rows) if needed else None)
+        return forward()
+    return ranks.together(forward)
 
 
-def _require_finite(ce: Tensor, kept: Sequence[Mapping[str, Tensor]], batch: list[int]) -> None:
-    finite = [all(bool(values.isfinite().all()) for values in row.values()) for row in kept] or [True] * len(batch)
-    bad = [row for row, good, loss in zip(batch, finite, ce.isfinite().tolist(), strict=True) if not (good and loss)]
+def _require_finite(ce: Tensor, kept: Sequence[Tensors], batch: list[int]) -> None:
+    bad = []
+    for place, row in enumerate(batch):
+        values = [ce[place]]
+        if kept:
+            values += kept[place].values()
+        if not all(bool(tensor.isfinite().all()) for tensor in values):
+            bad.append(row)
     if bad:
         raise NonFiniteStateError(
             "The base model gives NaN or infinite values on the replay set.",
@@ -207,3 +190,36 @@ def _require_finite(ce: Tensor, kept: Sequence[Mapping[str, Tensor]], batch: lis
             expected="finite states and losses",
             fix="Check the weights and the dtype (float16 overflows easily), or drop these texts.",
         )
+
+
+def _store(path: Path, tensors: Tensors, tag: str) -> None:
+    """Write a part, with `tag` for what it was made from and a digest of both."""
+    write_atomic(path, save(tensors, {"part": f"{tag} {_digest(tag, tensors)}"}))
+
+
+def _load(path: Path, tag: str) -> Tensors | None:
+    """Read a part that an earlier build left; `None` if there is none, or one that was made from something else."""
+    try:
+        raw = path.read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        found, digest = header["__metadata__"]["part"].split()
+        tensors = load(raw)
+        if digest != _digest(found, tensors):
+            raise ValueError(f"its SHA-256 is not {digest}")
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # safetensors, JSON and struct raise many kinds
+        raise CacheCorruptError(
+            "A part of an unfinished anchor cannot be read.",
+            where=path,
+            expected="a part as it was written",
+            found=f"{type(error).__name__}: {error}",
+            fix="Delete this file; only its rows are then evaluated again.",
+        ) from error
+    return tensors if found == tag else None
+
+
+def _digest(tag: str, tensors: Mapping[str, Tensor]) -> str:
+    # Of the tensors and not of the file, which holds this digest itself.
+    parts = [tensors[name].contiguous().flatten().view(torch.uint8).numpy().data for name in sorted(tensors)]
+    return sha256(tag.encode() + b"".join(hashlib.sha256(part).digest() for part in parts))

@@ -1,11 +1,11 @@
-"""From the states of the base model to the files of an anchor."""
+"""Turn the parts of a build into the files of an anchor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -23,46 +23,35 @@ T = TypeVar("T")
 
 
 def encode(
-    partial: Path,
-    plan: BuildPlan,
-    parts: Sequence[Part],
-    owners: Sequence[int],
-    noise: Tensor | None,
-    ranks: Ranks,
-    leads: bool,
+    partial: Path, plan: BuildPlan, parts: Sequence[Part], noise: Tensor | None, ranks: Ranks, *, leads: bool
 ) -> None:
-    """Turn the parts into the files of an anchor, each rank its own; the manifest comes last.
+    """Write shards, constants, index and manifest of an anchor; each rank encodes the parts that it owns.
 
-    Args:
-        partial: Folder of the unfinished anchor.
-        plan: What is built.
-        parts: All parts.
-        owners: The rank that has each part.
-        noise: Largest change of what is kept by rounding, shape [d]; `None` if the strategy has no constants.
-        ranks: All processes; each must call this.
-        leads: Whether this process writes for its disk.
-
-    Raises:
-        CacheFolderError: If a disk is full.
-        CacheCorruptError: If a part is damaged.
-        RankFailedError: If another process failed.
+    `noise` is the largest change of what is kept by rounding, [d]; `None` if the strategy has no constants.
     """
-    mine = [part for part, owner in zip(parts, owners, strict=True) if owner == ranks.index]
+    mine = [part for part in parts if part.owner == ranks.index]
     strategy = plan.strategy
-    constants = {} if noise is None else _constants(plan, parts, mine, noise, ranks)
+    constants: Tensors = {}
+    if noise is not None:
+        constants = _constants(strategy, parts, mine, noise, ranks)
     encoded = _in_order(
         ranks.ask(lambda: {part.number: _encode_part(partial, part, strategy, constants) for part in mine})
     )
-    held = zip([part.digest for part in encoded], owners, strict=True)
-    shards = {shard_name(strategy.kind, number): place for number, place in enumerate(held)} if strategy.kind else {}
+    shards: dict[str, tuple[str, int]] = {}
+    if strategy.kind:
+        for part, made in zip(parts, encoded, strict=True):
+            shards[shard_name(strategy.kind, part.number)] = made.digest, part.owner
+    # All shards are on every disk before its manifest says so.
     spread_files(partial, shards, ranks, leads=leads)
     digests = {name: digest for name, (digest, _) in shards.items()}
-    ranks.together(lambda: _finish(partial, plan, encoded, constants, digests) if leads else None)
+    ranks.only(leads, lambda: _finish(partial, plan, encoded, constants, digests))
 
 
 def _in_order(answers: Sequence[Mapping[int, T]]) -> list[T]:
-    """What the ranks say about their parts, in the order of the parts."""
-    found = {number: value for some in answers for number, value in some.items()}
+    """Return what the ranks say about their parts, in the order of the parts."""
+    found: dict[int, T] = {}
+    for answer in answers:
+        found.update(answer)
     return [found[number] for number in sorted(found)]
 
 
@@ -75,29 +64,28 @@ class _Encoded(NamedTuple):
     dim: int
 
 
-def _constants(plan: BuildPlan, parts: Sequence[Part], mine: Sequence[Part], noise: Tensor, ranks: Ranks) -> Tensors:
-    """What holds for all tokens; the summaries of the parts are put together in their order, whoever has them."""
-    total = sum(part.tokens for part in parts)
-    first = list(accumulate((part.tokens for part in parts), initial=0))
-    summarize = lambda: {p.number: plan.strategy.summary(p.kept(), total, first[p.number]) for p in mine}  # noqa: E731
-    return plan.strategy.constants(_in_order(ranks.ask(summarize)), noise)
+def _constants(
+    strategy: Strategy, parts: Sequence[Part], mine: Sequence[Part], noise: Tensor, ranks: Ranks
+) -> Tensors:
+    tokens = list(accumulate((part.tokens for part in parts), initial=0))
+
+    def summarize() -> dict[int, list[Any]]:
+        return {part.number: strategy.summary(part.read()[2], tokens[-1], tokens[part.number]) for part in mine}
+
+    # In the order of the parts, whoever has them: merged in another order, the moments would round differently.
+    return strategy.constants(_in_order(ranks.ask(summarize)), noise)
 
 
 def _encode_part(partial: Path, part: Part, strategy: Strategy, constants: Tensors) -> _Encoded:
-    stored = part.read()
-    row, ce = stored.pop("row"), stored.pop("ce")
+    row, ce, kept = part.read()
     if not strategy.kind:
         return _Encoded(row, ce, "", 0)
-    digest = _write(partial / shard_name(strategy.kind, part.number), save(strategy.encode(stored, constants)))
-    return _Encoded(row, ce, digest, max(values.shape[-1] for values in stored.values() if values.ndim > 1))
+    digest = _write(partial / shard_name(strategy.kind, part.number), save(strategy.encode(kept, constants)))
+    return _Encoded(row, ce, digest, max(values.shape[-1] for values in kept.values() if values.ndim > 1))
 
 
 def _finish(
-    partial: Path,
-    plan: BuildPlan,
-    encoded: Sequence[_Encoded],
-    constants: Tensors,
-    shards: Mapping[str, str],
+    partial: Path, plan: BuildPlan, encoded: Sequence[_Encoded], constants: Tensors, shards: Mapping[str, str]
 ) -> None:
     """Write constants, index and manifest to this process's disk."""
     count = len(plan.rows)
@@ -116,6 +104,7 @@ def _finish(
             index["start"][rows] = lengths.cumsum(0) - lengths
     files[ROWS] = _write(partial / ROWS, save(index))
     shape = {"rows": count, "tokens": int(index["tokens"].sum()), "dim": encoded[0].dim}
+    # Last, since a folder with a manifest counts as complete.
     write_atomic(partial / MANIFEST, manifest_bytes(plan.fields, files, shape))
 
 

@@ -1,4 +1,4 @@
-"""What an anchor depends on, and the key that follows from it."""
+"""Digests of all that an anchor depends on, and the key that follows from them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from gere.ranks import ALONE, Ranks
 
 FORMAT_VERSION = 1
 ADAPTER_WRAPPERS = ("base_layer", "original_module")
-# What shapes the forward pass beside the weights. An explicit list, because the rest of a configuration differs
-# between versions of transformers and is changed by the trainer.
+# Settings that shape the forward pass beside the weights. An explicit list, because the rest of a configuration
+# differs between versions of transformers and is changed by the trainer.
 FORWARD_CONFIG = (
     *("hidden_act", "activation_function", "num_attention_heads", "num_key_value_heads", "n_head"),
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "sliding_window", "layer_types"),
@@ -31,20 +31,22 @@ FORWARD_CONFIG = (
 
 
 def key_of(fields: Mapping[str, str]) -> str:
-    """Key of an anchor: the first 32 hexadecimal digits of the SHA-256 of its fields."""
+    """Return the key of an anchor: the first 32 hexadecimal digits of the SHA-256 of its fields."""
     return sha256(canonical_json(dict(fields)))[:32]
 
 
 def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> tuple[str, ...]:
-    """Names of the fields that differ, in the order of `wanted`."""
+    """Return the names of the fields that differ, in the order of `wanted`."""
     names = list(wanted) + [name for name in found if name not in wanted]
     return tuple(name for name in names if wanted.get(name) != found.get(name))
 
 
 def architecture_digest(model: nn.Module) -> str:
-    """Digest of the class, the shapes of all weights, and the settings that shape the forward pass."""
-    causal = base_module(model)
-    config = causal.config.to_dict() if hasattr(causal, "config") else {}  # type: ignore[operator, union-attr]
+    """Return a digest of the class, the shapes of all weights, and the settings that shape the forward pass."""
+    causal: Any = base_module(model)
+    config: dict[str, Any] = {}
+    if hasattr(causal, "config"):
+        config = causal.config.to_dict()
     content = {
         "class": class_name(causal),
         "shapes": {name: list(whole_shape(tensor)) for name, tensor in base_tensors(model).items()},
@@ -55,7 +57,8 @@ def architecture_digest(model: nn.Module) -> str:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of rotary positions, which transformers 4 and 5 write in different places."""
+    # transformers 4 writes the settings of rotary positions into `rope_scaling` and `rope_theta`, 5 into
+    # `rope_parameters`. Older models name the kind `type`.
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     rope.setdefault("rope_theta", config.get("rope_theta"))
     kind = rope.pop("type", "default")
@@ -63,15 +66,13 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def precision_of(model: nn.Module) -> str:
-    """Precision of the weights, and what quantized layers of bitsandbytes compute in, which no weight tells.
-
-    Example:
-        `"torch.bfloat16 weights, nf4 computed in bfloat16"`
-    """
+    """Return the precision of a model, such as `"torch.bfloat16 weights, nf4 computed in bfloat16"`."""
     causal = base_module(model)
     weights = f"{getattr(causal, 'dtype', None)} weights"
-    quantization = getattr(getattr(causal, "config", None), "quantization_config", None) or {}
-    settings = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
+    # The weights of layers of bitsandbytes do not show in what precision they are computed.
+    settings = getattr(getattr(causal, "config", None), "quantization_config", None) or {}
+    if not isinstance(settings, Mapping):
+        settings = settings.to_dict()
     if settings.get("load_in_4bit"):
         return f"{weights}, {settings['bnb_4bit_quant_type']} computed in {settings['bnb_4bit_compute_dtype']}"
     if settings.get("load_in_8bit"):
@@ -80,22 +81,20 @@ def precision_of(model: nn.Module) -> str:
 
 
 def weights_digest(model: nn.Module, ranks: Ranks = ALONE) -> str:
-    """Digest of every weight and persistent buffer of the base model.
+    """Return a digest of all weights and persistent buffers of the base model.
 
-    Args:
-        model: The model without its distributed wrapper. Weights of PEFT adapters are left out and the wrapper's names
-            undone, so that a model has one digest with an adapter and without, sharded and whole.
-        ranks: All processes; each must call this. The first one computes for all, so that weights that only rounding
-            tells apart have one digest.
+    It is the same with a PEFT adapter and without, sharded and whole. `model` has no distributed wrapper.
     """
     tensors = sorted(base_tensors(model).items())
     digests: list[str] = []
     if ranks.lockstep:
         for name, tensor in tensors:
             content = whole(tensor)  # every process takes part in it
-            digests += [_tensor_digest(name, content)] if ranks.index == 0 else []
+            if ranks.index == 0:
+                digests.append(_tensor_digest(name, content))
     else:
-        digests = ranks.together(lambda: _tensor_digests(tensors) if ranks.index == 0 else [])
+        digests = ranks.only(ranks.index == 0, lambda: _tensor_digests(tensors)) or []
+    # The first process computes it for all, so that weights that differ by rounding still have one digest.
     return ranks.gather(sha256("".join(digests).encode()))[0]
 
 
@@ -105,9 +104,9 @@ def _tensor_digests(tensors: Sequence[tuple[str, Tensor]]) -> list[str]:
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and persistent buffers of the base model by their own names; tied weights come once."""
+    """Return weights and persistent buffers of the base model by their own names; tied weights come once."""
     causal = base_module(model)
-    adapters = {"modules_to_save"}
+    adapters = {"modules_to_save"}  # PEFT's copies of modules that are trained whole
     for module in causal.modules():
         adapters.update(getattr(module, "adapter_layer_names", ()))
     found: dict[tuple[int, ...], tuple[str, Tensor]] = {}
@@ -116,9 +115,14 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         if not isinstance(tensor, Tensor) or adapters & set(parts):
             continue
         name = ".".join(part for part in parts if part not in ADAPTER_WRAPPERS)
-        split = isinstance(tensor, DTensor) or not tensor.numel()
-        address = (id(tensor),) if split else (tensor.data_ptr(), *tensor.shape)
-        found[address] = min(found.get(address, (name, tensor)), (name, tensor), key=lambda item: item[0])
+        # Sharded weights have no address of their own: those of ZeRO-3 are empty between forward passes.
+        if isinstance(tensor, DTensor) or not tensor.numel():
+            address: tuple[int, ...] = (id(tensor),)
+        else:
+            address = (tensor.data_ptr(), *tensor.shape)
+        # Of tied weights the name that comes first counts, whatever the order of the modules.
+        if address not in found or name < found[address][0]:
+            found[address] = (name, tensor)
     return dict(found.values())
 
 
@@ -129,9 +133,11 @@ def _tensor_digest(name: str, tensor: Tensor) -> str:
 
 
 def text_digest(items: Iterable[Any]) -> str:
-    """Digest of a sequence of texts or of token lists, in order."""
+    """Return a digest of a sequence of texts or of token lists, in order."""
     digest = hashlib.sha256()
     for item in items:
+        # Cut web texts can hold half a surrogate pair.
         content = item.encode("utf-8", "surrogatepass") if isinstance(item, str) else repr(list(item)).encode()
+        # With their lengths, or texts that are cut at another place would have the same digest.
         digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()

@@ -1,35 +1,25 @@
-"""Garbage of a cache folder: anchors that no run names, what kills left, kept texts that no anchor was made from."""
+"""Collect the garbage of a cache folder: anchors that no run names, what kills left, and spare texts."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import Timeout
-
-from gere._files import folder_errors
+from gere._files import folder_errors, read_lines
 from gere.cache.fingerprint import text_digest
-from gere.cache.inventory import RETIRED, Survey, key_in, pick, size_of, survey
-from gere.cache.resolve import LOCK_SECONDS, anchor_folder, folder_lock
-from gere.cache.store import MANIFEST, read_manifest
+from gere.cache.inventory import Survey, key_in, pick, size_of, survey
+from gere.cache.resolve import acquired, folder_lock
+from gere.cache.store import MANIFEST, RETIRED, anchor_folder, read_manifest
 from gere.errors import CacheError, CacheFolderError, CacheMissingError
 
-STALE_SECONDS = 3600  # a temporary file of a run that starts just now is younger
+STALE_SECONDS = 3600
 
 
 class Rubbish(NamedTuple):
-    """Something that can go.
-
-    Attributes:
-        path: File or folder.
-        why: The reason, for a person.
-        size: Bytes.
-    """
+    """A file or folder that can go, the reason for a person, and its bytes."""
 
     path: Path
     why: str
@@ -37,48 +27,31 @@ class Rubbish(NamedTuple):
 
 
 def collect(root: Path, named: Collection[str] | None, keep: Collection[str] = (), *, delete: bool) -> list[Rubbish]:
-    """Find what can go from a cache folder, and remove it if asked to, while no other run can build in it.
+    """Return what can go from a cache folder, and remove it if asked to.
 
-    Args:
-        root: Cache folder.
-        named: Keys that runs name; their anchors stay. `None` lets every finished anchor stay.
-        keep: Further keys that stay.
-        delete: Remove what is found.
-
-    Returns:
-        What can go, or has gone.
-
-    Raises:
-        CacheMissingError: If this is no cache folder, or holds nothing of a key of `keep`.
-        CacheFolderError: If another run works in the folder, or it cannot be written.
+    Anchors whose keys are in `named` or `keep` stay; with `named=None` every finished anchor stays. A key of `keep`
+    that is not there is a `CacheMissingError`, a folder in which another run builds is a `CacheFolderError`.
     """
+    # Before the lock, which would be a file in a folder of something else.
     _require_root(root)
-    with _alone(root):
+    # Even a look needs the lock: what another run is building would be taken for what a kill left.
+    lock = folder_lock(root)
+    if not acquired(lock, root):
+        raise CacheFolderError(
+            "Another run builds an anchor in this folder.",
+            where=root,
+            expected="a folder in which nothing is being built",
+            found=f"a lock on {lock.lock_file}",
+            fix="Try again when the other run has begun to train.",
+        )
+    try:
         rubbish = list(_find(survey(root), named, keep))
         for item in rubbish if delete else ():
             with folder_errors(root):
                 _remove(item.path)
-    return rubbish
-
-
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    lock = folder_lock(root)
-    with folder_errors(root):
-        try:
-            lock.acquire(timeout=LOCK_SECONDS)
-        except Timeout as error:
-            raise CacheFolderError(
-                "Another run builds an anchor in this folder.",
-                where=root,
-                expected="a folder in which nothing is being built",
-                found=f"a lock on {lock.lock_file}",
-                fix="Try again when the other run has begun to train.",
-            ) from error
-    try:
-        yield
     finally:
         lock.release()
+    return rubbish
 
 
 def _find(held: Survey, named: Collection[str] | None, keep: Collection[str]) -> Iterator[Rubbish]:
@@ -87,52 +60,51 @@ def _find(held: Survey, named: Collection[str] | None, keep: Collection[str]) ->
     staying = [path for path in builds if _stays(path, wanted, everything=named is None)]
     for path in builds:
         if path not in staying:
-            yield _rubbish(path, "unfinished or damaged build" if _is_unusable(path) else "no run names it")
+            why = "unfinished or damaged build" if _is_unusable(path) else "no run names it"
+            yield Rubbish(path, why, size_of(path))
     for path in held.leftovers:
-        replaced_by_nothing = path.suffix == RETIRED and key_in(path.name) in wanted and not _finished(path)
+        # A kill between the two renames of a rebuild leaves the old anchor as the only finished one.
+        only_copy = path.suffix == RETIRED and key_in(path.name) in wanted and not _finished(path)
+        # A run that starts just now writes its texts and its `.rank-` file before it holds the lock.
         young = path.is_file() and time.time() - path.stat().st_mtime < STALE_SECONDS
-        if not (young or replaced_by_nothing):
-            yield _rubbish(path, "left by a run that was killed")
+        if not (young or only_copy):
+            yield Rubbish(path, "left by a run that was killed", size_of(path))
     texts = {_texts_of(path) for path in staying}
+    # While one manifest does not tell its texts, any file may be the one that its anchor was made from.
+    if None in texts:
+        return
     for path in held.replay_files:
-        if None not in texts and _digest_of(path) not in {*texts, None}:
-            manifest = path.with_suffix(".json")
-            if manifest.exists():  # first, since texts without it are no fault, but it without texts is
-                yield _rubbish(manifest, "its texts go")
-            yield _rubbish(path, "no anchor that stays was made from these texts")
+        if _digest_of(path) not in {*texts, None}:
+            yield Rubbish(path, "no anchor that stays was made from these texts", size_of(path))
 
 
 def _stays(path: Path, wanted: Collection[str], *, everything: bool) -> bool:
-    """Whether an anchor, or a build without a finished anchor beside it, stays."""
+    """Return whether an anchor, or a build without a finished anchor beside it, stays."""
     if key_in(path.name) in wanted:
         return not path.suffix or not _finished(path)
     return everything and not _is_unusable(path)
 
 
 def _is_unusable(path: Path) -> bool:
-    """Whether no start can open this; a build that lacks only its name is an anchor to the next start."""
+    """Return whether no start can open this; a build that lacks only its name is an anchor to the next start."""
     return not (path / MANIFEST).exists() or (bool(path.suffix) and _finished(path))
 
 
 def _finished(path: Path) -> bool:
-    """Whether the finished anchor of this key is there."""
+    """Return whether the finished anchor of this key is there."""
     return (anchor_folder(path.parent, key_in(path.name)) / MANIFEST).exists()
 
 
 def _known(held: Survey, keep: Collection[str]) -> set[str]:
-    """The keys to keep; one that is written wrong would let its anchor go."""
+    """Return the keys to keep, after looking for each: one that is written wrong would let its anchor go."""
     keys = {key_in(key) for key in keep}
     for key in keys - {key_in(path.name) for path in held.unfinished}:
         pick(held, key)
     return keys
 
 
-def _rubbish(path: Path, why: str) -> Rubbish:
-    return Rubbish(path, why, size_of(path))
-
-
 def _texts_of(folder: Path) -> str | None:
-    """Digest of the texts of an anchor; `None` if its manifest does not tell."""
+    """Return the digest of the texts of an anchor; `None` if its manifest does not tell."""
     try:
         return read_manifest(folder)["fields"].get("texts")
     except CacheError:
@@ -140,19 +112,18 @@ def _texts_of(folder: Path) -> str | None:
 
 
 def _digest_of(replay_file: Path) -> str | None:
-    """Digest of kept texts; `None` if they cannot be read, and then they stay."""
+    """Return the digest of kept texts; `None` if they cannot be read, and then they stay."""
     try:
-        lines = replay_file.read_text(encoding="utf-8", errors="surrogatepass").split("\n")
-        return text_digest(json.loads(line)["text"] for line in lines if line.strip())
+        return text_digest(record["text"] for record in read_lines(replay_file))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or folder; an anchor loses its name first, so that a kill leaves no half of it under that."""
     if path.is_symlink() or path.is_file():
         path.unlink()
         return
+    # An anchor loses its name first, so that a kill leaves no half of it under that.
     if not path.suffix:
         retired = path.with_name(path.name + RETIRED)
         shutil.rmtree(retired, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a cache folder holds, by names, sizes and manifests; nothing is hashed and no model runs."""
+"""List what a cache folder holds, by names, sizes and manifests; nothing is hashed and no model runs."""
 
 from __future__ import annotations
 
@@ -8,37 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gere.cache.resolve import anchor_folder
-from gere.cache.store import MANIFEST, read_manifest
+from gere.cache.store import MANIFEST, PARTIAL, RETIRED, anchor_folder, read_manifest
 from gere.errors import CacheError, CacheMissingError
-
-PARTIAL, RETIRED, LOCK = ".partial", ".retired", ".lock"
 
 
 class Survey(NamedTuple):
-    """Paths in a cache folder.
-
-    Attributes:
-        folder: The cache folder, or the folder of one anchor.
-        anchors: Folders of anchors; one may be damaged.
-        unfinished: Folders of builds that were begun and not ended.
-        replay_files: Kept texts.
-        leftovers: What a kill left: replaced anchors, temporary files.
-    """
+    """Paths in a cache folder, or in the folder of one anchor."""
 
     folder: Path
-    anchors: list[Path]
+    anchors: list[Path]  # some may be damaged
     unfinished: list[Path]
     replay_files: list[Path]
-    leftovers: list[Path]
+    leftovers: list[Path]  # of kills: replaced anchors, temporary files
 
 
 def survey(folder: Path) -> Survey:
-    """Look through a cache folder, or the folder of one anchor.
-
-    Raises:
-        CacheMissingError: If there is no such folder, or it is none of these.
-    """
+    """Look through a cache folder, or the folder of one anchor; any other is a `CacheMissingError`."""
     if not folder.is_dir():
         raise _no_cache(folder, "a file" if folder.exists() else "no such folder")
     if (folder / MANIFEST).exists():
@@ -51,17 +36,14 @@ def survey(folder: Path) -> Survey:
         replay_files=sorted(folder.glob("replay-*.jsonl")),
         leftovers=[path for path in named if path.suffix == RETIRED] + sorted(_temporary(folder)),
     )
-    if not any(held[1:]) and not (folder / LOCK).exists():
+    # The first start leaves the lock. A folder without it never held an anchor: its path may be mistyped.
+    if not any(held[1:]) and not (folder / ".lock").exists():
         raise _no_cache(folder, "a folder without any")
     return held
 
 
 def pick(held: Survey, key: str) -> Path:
-    """The anchor with this key.
-
-    Raises:
-        CacheMissingError: If there is none.
-    """
+    """Return the folder of the anchor with this key, or raise a `CacheMissingError`."""
     for path in held.anchors:
         if path.name == anchor_folder(path.parent, key_in(key)).name:
             return path
@@ -75,18 +57,20 @@ def pick(held: Survey, key: str) -> Path:
 
 
 def key_in(name: str) -> str:
-    """Key in the name of an anchor's folder, of its unfinished or its replaced build."""
+    """Return the key in the name of an anchor's folder, of its unfinished or its replaced build."""
     return name.removeprefix("anchor-").removesuffix(PARTIAL).removesuffix(RETIRED)
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in and below a folder; what links lead to is not counted."""
-    files = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
+    """Return the bytes of a file, or of all files in and below a folder, not counting what links lead to."""
+    files = [path]
+    if path.is_dir() and not path.is_symlink():
+        files = [*path.rglob("*")]
     return sum(file.lstat().st_size for file in files if file.is_symlink() or file.is_file())
 
 
 def describe(held: Survey) -> dict[str, Any]:
-    """What a cache folder holds, ready for JSON."""
+    """Return what a cache folder holds, ready for JSON."""
     return {
         "folder": str(held.folder),
         "anchors": [describe_anchor(path) for path in held.anchors],
@@ -97,7 +81,7 @@ def describe(held: Survey) -> dict[str, Any]:
 
 
 def describe_anchor(folder: Path) -> dict[str, Any]:
-    """What the manifest of an anchor says, and bytes on disk by kind; `error` in place of it if it cannot be read."""
+    """Return the content of an anchor's manifest, or `error` if it cannot be read, and bytes on disk by kind."""
     kinds: dict[str, int] = {}
     for path in sorted(folder.iterdir()):
         kind = re.sub(r"-\d+$", "", path.stem)
@@ -122,7 +106,7 @@ def _describe_unfinished(folder: Path) -> dict[str, Any]:
 
 
 def _rows_in(part: Path) -> int:
-    """Rows of a part by its header; 0 if that cannot be read, which the next build will name."""
+    """Return the rows of a part by its header; 0 if that cannot be read, which the next build will name."""
     try:
         with part.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
@@ -132,17 +116,18 @@ def _rows_in(part: Path) -> int:
 
 
 def _temporary(folder: Path) -> Iterator[Path]:
-    """Files that are there for a moment only, unless a kill came."""
+    """Yield files that exist for a moment only, unless a kill came."""
     for pattern in (".*.tmp", ".rank-*"):
         yield from folder.glob(pattern)
     for path in folder.glob("anchor-*/.*.tmp"):
-        if not path.parent.suffix:  # others go with their folder
+        # Those of unfinished and replaced builds go with their folder.
+        if not path.parent.suffix:
             yield path
 
 
 def _no_cache(folder: Path, found: str) -> CacheMissingError:
     return CacheMissingError(
-        "This is no folder of anchors.",
+        "This is not a folder of anchors.",
         where=folder,
         expected="a folder that holds anchor-KEY/, or such a folder itself",
         found=found,

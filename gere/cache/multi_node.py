@@ -11,20 +11,11 @@ from gere.ranks import Ranks
 
 
 def leads_disk(folder: Path, ranks: Ranks) -> bool:
-    """Whether this is the first of the processes that see the same files in `folder`.
-
-    Shared disks and disks of each machine look alike by their paths, so every process leaves a file and looks whose
-    files it sees.
-
-    Args:
-        folder: A folder that exists everywhere.
-        ranks: All processes; each must call this.
-
-    Raises:
-        CacheFolderError: If the folder cannot be written.
-    """
+    """Return whether this is the first of the processes that see the same files in a folder."""
     if ranks.count == 1:
         return True
+    # Shared disks and disks of each machine look alike by their paths, so every process leaves a file and looks whose
+    # files it sees.
     own = folder / f".rank-{uuid.uuid4().hex}"
 
     def leave() -> None:
@@ -33,60 +24,47 @@ def leads_disk(folder: Path, ranks: Ranks) -> bool:
 
     ranks.together(leave)
     names = ranks.gather(own.name)
-    seen = [rank for rank, name in enumerate(names) if (folder / name).exists()]
-    ranks.gather(None)  # nobody takes his file away before all have looked
+    first = min(rank for rank, name in enumerate(names) if (folder / name).exists())
+    ranks.gather(None)  # no process may delete its file before all have looked
     ranks.together(lambda: own.unlink(missing_ok=True))
-    return min(seen) == ranks.index
+    return first == ranks.index
 
 
 def deal(present: Sequence[Sequence[bool]]) -> tuple[list[int], list[bool]]:
-    """Which rank has each part: one that has it on its disk already, else the parts are dealt round.
-
-    Args:
-        present: By rank, whether each part is on its disk.
-
-    Returns:
-        A rank for each part, and whether it is on a disk already.
-    """
+    """Return a rank for each part, and whether it is on a disk already; `present` says so by rank and part."""
     owners, stored, dealt = [], [], 0
     for number, flags in enumerate(zip(*present, strict=True)):
         holders = [rank for rank, there in enumerate(flags) if there]
-        owners.append(holders[number % len(holders)] if holders else dealt % len(present))
+        if holders:
+            # On a shared disk all ranks hold it, and they share the work of encoding it, too.
+            owners.append(holders[number % len(holders)])
+        else:
+            owners.append(dealt % len(present))
+            dealt += 1
         stored.append(bool(holders))
-        dealt += not holders
     return owners, stored
 
 
 def spread_files(folder: Path, files: Mapping[str, tuple[str, int]], ranks: Ranks, *, leads: bool) -> None:
-    """Write files to the disks that lack them.
+    """Write files to the disks that lack them; `files` has the SHA-256 of each, and a rank whose disk has it."""
 
-    Args:
-        folder: Their folder, which exists everywhere.
-        files: SHA-256 of each file by name, and a rank whose disk has it.
-        ranks: All processes; each must call this.
-        leads: Whether this process writes for its disk.
+    def find_lacking() -> set[str]:
+        if not leads:
+            return set()
+        return {name for name, (digest, _) in files.items() if not _has(folder / name, digest)}
 
-    Raises:
-        CacheFolderError: If a disk is full.
-        RankFailedError: If another process failed.
-    """
-    wanted = ranks.ask(
-        lambda: {name for name, (digest, _) in files.items() if leads and not _has(folder / name, digest)}
-    )
-    lacking = wanted[ranks.index]
+    wanted = ranks.ask(find_lacking)
+    # One file at a time, since every process holds the bytes of those that are exchanged.
     for name in sorted(set().union(*wanted)):
-        owner = files[name][1]
+        _spread(folder / name, files[name][1], ranks, lacks=name in wanted[ranks.index])
 
-        def read(path: Path = folder / name, mine: bool = owner == ranks.index) -> bytes | None:
-            return path.read_bytes() if mine else None
 
-        content = ranks.ask(read)[owner]
+def _spread(path: Path, owner: int, ranks: Ranks, *, lacks: bool) -> None:
+    def read() -> bytes:
+        return path.read_bytes() if ranks.index == owner else b""
 
-        def write(path: Path = folder / name, content: bytes | None = content) -> None:
-            if path.name in lacking and content is not None:
-                write_atomic(path, content)
-
-        ranks.together(write)
+    content = ranks.ask(read)[owner]
+    ranks.only(lacks, lambda: write_atomic(path, content))
 
 
 def _has(path: Path, digest: str) -> bool:

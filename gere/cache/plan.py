@@ -1,4 +1,4 @@
-"""What an anchor is built from, and how its rows are grouped."""
+"""The plan of an anchor: what it is built from, and how its rows are grouped."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gere.losses.strategy import Strategy, Tensors
 from gere.model.batching import batches_by_length
 
 PART_BYTES = 64 << 20
-LEAST_PARTS = 32  # so many ranks find a share each
+LEAST_PARTS = 32  # enough for that many ranks to find a share each
 
 
 class Distilled(NamedTuple):
-    """What the base model says about a padded batch.
+    """Output of the base model for a padded batch, as far as an anchor keeps it.
 
     Attributes:
         ce: Cross-entropy of each row, shape [b].
@@ -48,12 +48,8 @@ Distil = Callable[[Sequence[Sequence[int]]], Distilled]
 
 
 def parts_of(plan: BuildPlan, width: int) -> Iterator[list[list[int]]]:
-    """Group batches into parts of at most `PART_BYTES`, and into enough parts to share them out.
-
-    Args:
-        plan: What is built.
-        width: Numbers that are kept of a token, at 4 bytes each.
-    """
+    """Group batches into parts, where `width` numbers of 4 bytes are kept of a token."""
+    # The number of ranks must not matter here: a resumed build may have more or fewer, and needs the same parts.
     budget = min(PART_BYTES // (4 * max(1, width)), sum(map(len, plan.rows)) // LEAST_PARTS)
     part: list[list[int]] = []
     tokens = 0

@@ -1,4 +1,7 @@
-"""Find the anchor of a run: open the one that fits, refuse the one that does not, build it once."""
+"""Find the anchor of a run: open the one that fits, refuse the one that does not, build it once.
+
+Every process must call each function here that takes `ranks`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,34 +19,27 @@ from gere._files import folder_errors, make_folder
 from gere.cache.build import finish_build, is_everywhere, partial_folder, spread_anchor
 from gere.cache.fingerprint import differences, key_of
 from gere.cache.multi_node import leads_disk
-from gere.cache.store import MANIFEST, Anchor, read_manifest
+from gere.cache.store import MANIFEST, Anchor, anchor_folder, read_manifest
 from gere.errors import CacheCorruptError, CacheMismatchError, CacheMissingError
 from gere.ranks import ALONE, Ranks
 
 LOCK_SECONDS = 2.0
 logger = logging.getLogger("gere")
 
-NAMED_WAY_ON = (
-    "Restore the setting; or, from the base model, build an anchor with the new settings (one step is enough) and set "
-    "gere_config.anchor to its key."
-)
-WAYS_ON = {
-    "weights": "Start from the base model that the anchor belongs to; if this model was fine-tuned from it, set "
-    "gere_config.anchor to the anchor's key; for a new base model use another gere_hidden_state_saving_dir, or "
-    "reuse_gere_hidden_state=False to build a second anchor in this one.",
-    "": "Restore the setting, use another gere_hidden_state_saving_dir, or set reuse_gere_hidden_state=False to build "
-    "a second anchor in this one.",
-}
-
-
-def anchor_folder(root: Path, key: str) -> Path:
-    """Folder of the anchor with this key."""
-    return root / f"anchor-{key}"
-
 
 def folder_lock(root: Path) -> FileLock:
-    """The lock that one run holds while it builds or removes anchors in a cache folder."""
+    """Return the lock that one run holds while it builds or removes anchors in a cache folder."""
     return FileLock(root / ".lock")
+
+
+def acquired(lock: FileLock, root: Path) -> bool:
+    """Try to take the lock for `LOCK_SECONDS`."""
+    with folder_errors(root):
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            return False
+    return True
 
 
 def open_named(root: Path, key: str, fields: Mapping[str, str], ranks: Ranks = ALONE) -> Anchor:
@@ -66,7 +62,7 @@ def open_named(root: Path, key: str, fields: Mapping[str, str], ranks: Ranks = A
     if there and not is_everywhere(folder, ranks):
         ranks.together(lambda: make_folder(root))
         with _locked(root, ranks) as leads:
-            ranks.together(lambda: finish_build(folder) if leads else None)
+            ranks.only(leads, lambda: finish_build(folder))
             spread_anchor(folder, ranks, leads=leads)
     return ranks.together(lambda: _open_same(root, folder, fields))
 
@@ -81,7 +77,7 @@ def open_or_build(
         fields: What the anchor depends on.
         build: Builds the anchor in the folder that it is given, and is told whether this process writes for its disk;
             called on every process.
-        reuse: Open what is there, and refuse a folder that holds only others. `False` builds anew.
+        reuse: Open what is there, and refuse a folder that holds only others. `False` rebuilds it.
         ranks: All processes; each must call this.
 
     Raises:
@@ -95,7 +91,7 @@ def open_or_build(
         ranks.together(lambda: make_folder(root))
         with _locked(root, ranks) as leads:
             if not (reuse and any(ranks.ask(lambda: (folder / MANIFEST).exists()))):
-                ranks.together(lambda: _refuse_others(root, fields) if reuse else None)
+                ranks.only(reuse, lambda: _refuse_others(root, fields))
                 build(folder, leads)
             spread_anchor(folder, ranks, leads=leads)
     return ranks.together(lambda: open_whole(folder))
@@ -103,26 +99,16 @@ def open_or_build(
 
 @contextmanager
 def _locked(root: Path, ranks: Ranks) -> Iterator[bool]:
-    """Keep other runs out, by one process for each disk; gives whether this one is it.
-
-    The processes ask each other again and again, so that none times out. Who has its own disk and waits for another
-    gives it back for a moment: two runs that hold a disk each would wait for ever.
-    """
+    """Keep other runs out, by one process for each disk; yields whether this process is the one."""
     lock = folder_lock(root)
     leads = leads_disk(root, ranks)
-
-    def acquire() -> bool:
-        with folder_errors(root):
-            try:
-                lock.acquire(timeout=LOCK_SECONDS)
-            except Timeout:
-                return False
-        return True
-
     try:
+        # Wait in short turns, after which all processes meet: one long wait would run into the timeout of the others.
         for attempt in itertools.count():
-            if all(ranks.ask(lambda: not leads or acquire())):
+            if all(ranks.ask(lambda: not leads or acquired(lock, root))):
                 break
+            # Two runs that hold a disk each would block each other forever, so a run that cannot have all of them
+            # gives its own back for a moment of random length.
             lock.release()
             if attempt == 0 and ranks.index == 0:
                 logger.warning("Another run builds an anchor in %s, or on another machine; waiting for it.", root)
@@ -133,7 +119,7 @@ def _locked(root: Path, ranks: Ranks) -> Iterator[bool]:
 
 
 def named_fields(root: Path, key: str, ranks: Ranks = ALONE) -> dict[str, str]:
-    """What the anchor depends on that a checkpoint, a model or the user names, wherever a process has it.
+    """Return the fields of the anchor that a checkpoint, a model or the user names, from any process that has it.
 
     Args:
         root: Cache folder.
@@ -146,17 +132,23 @@ def named_fields(root: Path, key: str, ranks: Ranks = ALONE) -> dict[str, str]:
         RankFailedError: If another process failed.
     """
     folder = anchor_folder(root, key)
-    places = (folder, partial_folder(folder))  # a kill may have come before the last rename
-    there = ranks.ask(lambda: next((read_manifest(path) for path in places if (path / MANIFEST).exists()), None))
-    found = next((manifest["fields"] for manifest in there if manifest is not None), None)
-    if found is None:
-        raise _missing(root, folder)
-    return found
+
+    def read() -> dict[str, str] | None:
+        # A kill may have come before the last rename.
+        for path in (folder, partial_folder(folder)):
+            if (path / MANIFEST).exists():
+                return dict(read_manifest(path)["fields"])
+        return None
+
+    for fields in ranks.ask(read):
+        if fields is not None:
+            return fields
+    raise _missing(root, folder)
 
 
 def _missing(root: Path, folder: Path) -> CacheMissingError:
     return CacheMissingError(
-        "The anchor of this run is not in the cache folder, and a trained model cannot be anchored again.",
+        "The anchor of this run is not in the cache folder, and it cannot be built from a trained model.",
         where=root,
         expected=folder.name,
         found=", ".join(path.name for path in anchors_in(root)) or "no anchor",
@@ -169,17 +161,17 @@ def _open_same(root: Path, folder: Path, fields: Mapping[str, str]) -> Anchor:
     if not (folder / MANIFEST).exists():
         raise _missing(root, folder)
     anchor = open_whole(folder)
-    _require_same(fields, {name: anchor.fields.get(name, "") for name in fields}, folder, NAMED_WAY_ON)
+    # Compare `fields` alone: those of a fine-tuned model lack the weights, which the anchor has.
+    fix = (
+        "Restore the setting; or, from the base model, build an anchor with the new settings (one step is enough) and "
+        "set gere_config.anchor to its key."
+    )
+    _require_same(fields, {name: anchor.fields.get(name, "") for name in fields}, folder, fix)
     return anchor
 
 
 def open_whole(folder: Path) -> Anchor:
-    """Open an anchor that must be the one its folder is named after.
-
-    Raises:
-        CacheCorruptError: If a byte of it, or the name of its folder, is not what was written.
-        CacheMismatchError: If it was written in another format.
-    """
+    """Open an anchor as `Anchor` does, and raise a `CacheCorruptError` if its folder has the name of another."""
     anchor = Anchor(folder)
     if folder != anchor_folder(folder.parent, anchor.key):
         raise CacheCorruptError(
@@ -193,51 +185,51 @@ def open_whole(folder: Path) -> Anchor:
 
 
 def anchors_in(root: Path) -> list[Path]:
-    """Folders of the finished anchors in a cache folder."""
+    """Return the folders of the finished anchors in a cache folder."""
     return sorted(path for path in root.glob("anchor-*") if path.suffix == "" and (path / MANIFEST).exists())
 
 
 def _refuse_others(root: Path, fields: Mapping[str, str]) -> None:
     others = [(path, read_manifest(path)["fields"]) for path in anchors_in(root)]
-    if others:
-        nearest, found = min(others, key=lambda other: len(differences(fields, other[1])))
-        names = differences(fields, found)
-        _require_same(fields, found, nearest, WAYS_ON["weights" if "weights" in names else ""])
-
-
-def refuse_other_base(root: Path, weights: str) -> None:
-    """Refuse a model that no anchor of a cache folder belongs to, before anything is made from it.
-
-    Args:
-        root: Cache folder; without anchors it takes any model.
-        weights: Digest of the weights of the model.
-
-    Raises:
-        CacheMismatchError: If all anchors are those of other weights.
-        CacheCorruptError: If a manifest is damaged.
-    """
-    others = {path: read_manifest(path)["fields"]["weights"] for path in anchors_in(root)}
-    if others and weights not in others.values():
-        path, found = next(iter(others.items()))
-        _require_same({"weights": weights}, {"weights": found}, path, WAYS_ON["weights"])
+    if not others:
+        return
+    nearest, found = min(others, key=lambda other: len(differences(fields, other[1])))
+    fix = (
+        "Restore the setting, use another gere_hidden_state_saving_dir, or set reuse_gere_hidden_state=False to build "
+        "a second anchor in this one."
+    )
+    if "weights" in differences(fields, found):
+        fix = (
+            "Start from the base model that the anchor belongs to; if this model was fine-tuned from it, set "
+            "gere_config.anchor to the anchor's key; for a new base model use another gere_hidden_state_saving_dir, "
+            "or reuse_gere_hidden_state=False to build a second anchor in this one."
+        )
+    _require_same(fields, found, nearest, fix)
 
 
 def _require_same(wanted: Mapping[str, str], found: Mapping[str, str], folder: Path, fix: str) -> None:
     names = differences(wanted, found)
-    if names:
-        causes = [name for name in names if name != "input_ids"] or ["input_ids"]  # the ids follow from the others
-        error = CacheMismatchError(
-            f"The anchor was made from other {', '.join(causes)}.",
-            where=folder,
-            expected="; ".join(f"{name} {_short(wanted.get(name))}" for name in causes) + " (this run)",
-            found="; ".join(f"{name} {_short(found.get(name))}" for name in causes) + " (the anchor)",
-            fix=fix,
-        )
-        error.fields = names
-        raise error
+    if not names:
+        return
+    # The ids follow from other fields; by themselves they are the cause only if all others agree.
+    causes = [name for name in names if name != "input_ids"] or ["input_ids"]
+    error = CacheMismatchError(
+        f"The anchor was made from other {', '.join(causes)}.",
+        where=folder,
+        expected=_shown(wanted, causes) + " (this run)",
+        found=_shown(found, causes) + " (the anchor)",
+        fix=fix,
+    )
+    error.fields = names
+    raise error
 
 
-def _short(value: str | None) -> str:
-    """A field as a person reads it: the beginning of a digest, anything else whole."""
-    text = "not there" if value is None else value
-    return text[:12] if len(text) == 64 and " " not in text else text
+def _shown(fields: Mapping[str, str], names: Sequence[str]) -> str:
+    """Show fields to a person: of a digest the beginning, anything else whole."""
+    shown = []
+    for name in names:
+        value = fields.get(name, "not there")
+        if len(value) == 64 and " " not in value:
+            value = value[:12]
+        shown.append(f"{name} {value}")
+    return "; ".join(shown)

@@ -6,7 +6,6 @@ An anchor is a folder of these files; `manifest.json` is written last and names 
 |---|---|
 | `rows.safetensors` | `tokens` int32 [n], `base_ce` float32 [n]; with shards `shard` int32 [n], `start` int64 [n] |
 | `bands.safetensors` | for regions: `lower`, `upper`, `tolerance`, float32 [d], of several layers [l, d] |
-| `noise.safetensors` | for states and logits: `tolerance`, float32 [d] and [1] |
 | `regions-NNNNN.safetensors` | `codes` uint8 [tokens of the shard, ceil(d / 4)], of several layers [.., l, ..] |
 | `states-NNNNN.safetensors` | `state` bfloat16 [tokens of the shard, d] |
 | `logits-NNNNN.safetensors` | `ids` int32 and `log_probs` float32 [tokens of the shard, k], `rest` float32 [tokens] |
@@ -25,26 +24,30 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gere._files import file_sha256, seal_of, sealed_json
+from gere._files import canonical_json, file_sha256, sha256
 from gere.cache.fingerprint import FORMAT_VERSION, key_of
 from gere.errors import CacheCorruptError, CacheMismatchError
 
 MANIFEST, ROWS = "manifest.json", "rows.safetensors"
+# Anchors of states and of logits from before version 0.2 have the second file, which nothing reads any more.
 CONSTANTS = ("bands.safetensors", "noise.safetensors")
+PARTIAL, RETIRED = ".partial", ".retired"  # after the name of an anchor: a build, and what a new build replaced
+
+
+def anchor_folder(root: Path, key: str) -> Path:
+    """Return the folder of the anchor with this key."""
+    return root / f"anchor-{key}"
 
 
 def shard_name(kind: str, number: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"{kind}-{number:05d}.safetensors"
 
 
 def manifest_bytes(fields: Mapping[str, str], files: Mapping[str, str], shape: Mapping[str, int]) -> bytes:
-    """Content of a manifest.
+    """Return the content of a manifest, where `files` has the SHA-256 of every file by name.
 
-    Args:
-        fields: What the anchor depends on.
-        files: SHA-256 of every file by name.
-        shape: `rows`, `tokens` and `dim` (last dimension of what is kept of a token, 0 for nothing).
+    `shape` has `rows`, `tokens` and `dim`, the last dimension of what is kept of a token, 0 for nothing.
     """
     content = {
         "format_version": FORMAT_VERSION,
@@ -53,24 +56,24 @@ def manifest_bytes(fields: Mapping[str, str], files: Mapping[str, str], shape: M
         "files": dict(files),
         "shape": dict(shape),
     }
-    return sealed_json(content)
+    return _sealed(content, sha256(canonical_json(content)))
+
+
+def _sealed(content: Mapping[str, Any], digest: str) -> bytes:
+    return canonical_json({**content, "sha256": digest})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check the manifest of an anchor, without its other files.
-
-    Raises:
-        CacheCorruptError: If a byte of it differs from what was written.
-        CacheMismatchError: If it was written in another format.
-    """
+    """Read and check the manifest of an anchor, without its other files; errors as in `Anchor`."""
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
         content = json.loads(raw)
-        digest = content.pop("sha256")
+        expected = content.pop("sha256")
         version = content["format_version"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _corrupt(path, "a readable manifest", f"{type(error).__name__}: {error}") from error
+    # Before the hash, since another format may be sealed in another way.
     if version != FORMAT_VERSION:
         mismatch = CacheMismatchError(
             "The anchor has another format.",
@@ -81,19 +84,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
         mismatch.fields = ("format_version",)
         raise mismatch
-    found = seal_of(raw, content)
-    if found is not None:
-        raise _corrupt(path, f"SHA-256 {digest}", found)
+    digest = sha256(canonical_json(content))
+    # Compare the bytes, since damaged white space would read as the same content.
+    if raw != _sealed(content, digest):
+        raise _corrupt(path, f"SHA-256 {expected}", digest)
     if content["key"] != key_of(content["fields"]):
         raise _corrupt(path, f"key {key_of(content['fields'])} of its fields", content["key"])
     return content
 
 
 class Anchor:
-    """What the base model says about the replay set, memory-mapped.
+    """Targets and losses of the base model on the replay set, read from disk.
 
     Args:
-        folder: Folder of the anchor; the hash of every file in it is compared with the manifest.
+        folder: Folder of the anchor. Opening compares the hash of every file in it with the manifest.
 
     Attributes:
         key: Key of the anchor.
@@ -113,14 +117,15 @@ class Anchor:
         self.fields: dict[str, str] = manifest["fields"]
         self.rows: int = manifest["shape"]["rows"]
         self.dim: int = manifest["shape"]["dim"]
-        self._files = sorted(manifest["files"])
         verify_files(self.folder, manifest["files"])
+        paths = [self.folder / name for name in sorted(manifest["files"])]
+        self._constants = [path for path in paths if path.name in CONSTANTS]
+        self._shards = [path for path in paths if path.name not in (ROWS, *CONSTANTS)]
 
     @cached_property
     def constants(self) -> dict[str, Tensor]:
-        """What holds for all tokens, such as the bands of the regions; empty where nothing is kept of a token."""
-        found = [name for name in CONSTANTS if name in self._files]
-        return load_file(self.folder / found[0]) if found else {}
+        """Tensors that hold for all tokens, such as the bands of the regions; empty for a strategy without any."""
+        return load_file(self._constants[0]) if self._constants else {}
 
     @cached_property
     def base_ce(self) -> Tensor:
@@ -128,19 +133,17 @@ class Anchor:
         return self._index["base_ce"]
 
     def tokens(self, row: int) -> int:
-        """Number of tokens of a row."""
+        """Return the number of tokens of a row."""
         return self._places["tokens"][row]
 
     def targets(self, row: int) -> dict[str, Tensor]:
-        """Targets of a row, tensors of shape [tokens, *] by name, read from the memory-mapped shard.
-
-        The shard is mapped for this row alone: maps that stay would count every page that was ever read as memory of
-        the process.
-        """
+        """Read the targets of a row: tensors of shape [tokens, *] by name, empty if the anchor holds none."""
         if not self.dim:
             return {}
         start = self._places["start"][row]
         stop = start + self.tokens(row)
+        # The shard is mapped for this row alone, and the clone lets go of the map. A map that stays counts every page
+        # that was ever read as memory of the process, up to the whole anchor.
         with safe_open(self._shards[self._places["shard"][row]], framework="pt") as shard:
             return {name: shard.get_slice(name)[start:stop].clone() for name in shard.keys()}  # noqa: SIM118
 
@@ -150,23 +153,18 @@ class Anchor:
 
     @cached_property
     def _places(self) -> dict[str, list[int]]:
-        """Tokens, shard and first token in it of each row, as plain numbers, since a training step reads them."""
+        """Tokens, shard and first token in it of each row."""
+        # As plain numbers, since each training step reads them one by one.
         return {name: values.tolist() for name, values in self._index.items() if name != "base_ce"}
-
-    @cached_property
-    def _shards(self) -> list[Path]:
-        return [self.folder / name for name in self._files if name not in (ROWS, *CONSTANTS)]
 
 
 def verify_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Compare every file of an anchor with its hash, several at a time.
-
-    Raises:
-        CacheCorruptError: Naming the first file that is missing or differs.
-    """
+    """Compare every file of an anchor with its hash, and raise a `CacheCorruptError` for the first that differs."""
+    # hashlib releases the lock of the interpreter, so threads hash several files at a time.
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda name: _hash_or_reason(folder / name), files))
     for (name, expected), actual in zip(files.items(), found, strict=True):
+        # A manifest must not name files outside its folder.
         if Path(name).name != name or actual != expected:
             raise _corrupt(folder / name, f"SHA-256 {expected}", actual)
 

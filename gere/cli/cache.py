@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from gere.cli.settings import settings_help
+from gere.config import DTYPES
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 ABOUT_GC = (
     "List, and with --yes remove: anchors that no run under the folders of --runs names, unfinished builds, what "
-    "killed runs left, and kept texts that no anchor is made from. A training names its anchor when it first saves: "
-    "keep the anchor of one that has not saved yet by --keep."
+    "killed runs left, and kept texts that no anchor is made from. A training names its anchor in its output folder "
+    "as soon as it begins."
 )
 
 
@@ -43,6 +43,7 @@ def _add_build(parts: Any) -> None:
         parts,
         "build",
         "build the anchor of a base model ahead of training",
+        # argparse formats it with `%`.
         epilog=f"settings and defaults (the training must have the same):\n{settings_help()}".replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -60,15 +61,14 @@ def _add_build(parts: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    command = options.cache_command
-    if command == "build":
+    if options.cache_command == "build":
         from gere.cli.cache_build import build
 
         return build(options)
     from gere.cli import cache_folder
 
-    if command == "info":
+    if options.cache_command == "info":
         return cache_folder.info(options.folder, as_json=options.json)
-    if command == "verify":
+    if options.cache_command == "verify":
         return cache_folder.verify(options.folder, options.key)
     return cache_folder.clean_up(options.folder, options.runs, options.keep, delete=options.yes)

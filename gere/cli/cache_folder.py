@@ -1,4 +1,7 @@
-"""`gere cache info`, `verify` and `gc`: show what a cache folder holds, check it, and clean it up."""
+"""`gere cache info`, `verify` and `gc`: show what a cache folder holds, check it, and clean it up.
+
+Each function is one command: it writes its report and returns the exit status.
+"""
 
 from __future__ import annotations
 
@@ -19,34 +22,24 @@ NO_RUNS = "Finished anchors stay, since no runs are given: --runs OUT removes th
 
 
 def info(folder: Path, *, as_json: bool) -> int:
-    """Write what a cache folder holds.
-
-    Args:
-        folder: Cache folder, or the folder of one anchor.
-        as_json: Write one JSON object with whole digests.
-
-    Returns:
-        The exit status: 1 if a manifest cannot be read.
-    """
+    """Show what a cache folder, or the folder of one anchor, holds; status 1 if a manifest cannot be read."""
     held = describe(survey(folder))
-    text = json.dumps(held, indent=1, ensure_ascii=False) if as_json else "\n".join(_lines(held))
+    text = "\n".join(_lines(held))
+    if as_json:
+        text = json.dumps(held, indent=1, ensure_ascii=False)
     sys.stdout.write(text + "\n")
     return int(any("error" in anchor for anchor in held["anchors"]))
 
 
 def verify(folder: Path, key: str | None) -> int:
-    """Hash every file of every anchor, and say which anchors are whole.
-
-    Args:
-        folder: Cache folder, or the folder of one anchor.
-        key: Verify this anchor alone.
-
-    Returns:
-        The exit status: 1 if an anchor is damaged.
-    """
+    """Hash every file of every anchor, or of the one with this key; status 1 if an anchor is damaged."""
     held = survey(folder)
+    paths = held.anchors
+    if key is not None:
+        paths = [pick(held, key)]
     damaged = 0
-    for path in held.anchors if key is None else [pick(held, key)]:
+    for path in paths:
+        # Written one by one: anchors are large, and hashing them takes its time.
         try:
             open_whole(path)
         except CacheError as error:
@@ -60,18 +53,11 @@ def verify(folder: Path, key: str | None) -> int:
 
 
 def clean_up(folder: Path, runs: Sequence[Path] | None, keep: Sequence[str], *, delete: bool) -> int:
-    """Write what no run needs, and remove it if asked to.
-
-    Args:
-        folder: Cache folder.
-        runs: Output folders of runs; `None` keeps every finished anchor.
-        keep: Keys of further anchors that stay.
-        delete: Remove what is found.
-
-    Returns:
-        The exit status, 0.
-    """
-    named = None if runs is None else keys_in_runs(runs)
+    """List what no run needs, and remove it if asked to. Without `runs` every finished anchor stays."""
+    named, note = None, NO_RUNS
+    if runs is not None:
+        named = keys_in_runs(runs)
+        note = f"Runs name {len(named)} anchors."
     rubbish = collect(folder, named, keep, delete=delete)
     lines = [f"{_megabytes(item.size):>12}  {item.path.relative_to(folder)}  ({item.why})" for item in rubbish]
     if rubbish:
@@ -79,22 +65,18 @@ def clean_up(folder: Path, runs: Sequence[Path] | None, keep: Sequence[str], *, 
         lines.append(f"{done} {len(rubbish)} of them, {_megabytes(sum(item.size for item in rubbish))}.")
     else:
         lines.append("Nothing to remove.")
-    lines.append(NO_RUNS if named is None else f"Runs name {len(named)} anchors.")
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join([*lines, note]) + "\n")
     return 0
 
 
 def anchor_lines(anchor: Mapping[str, Any]) -> Iterator[str]:
-    """Describe an anchor to a person, one fact a line; digests are shortened.
-
-    Args:
-        anchor: As `gere.cache.inventory.describe_anchor` gives it.
-    """
+    """Describe an anchor from `describe_anchor` to a person, one fact a line."""
     if "error" in anchor:
         yield _indented(anchor["error"])
     else:
         yield f"  {anchor['rows']:,} rows, {anchor['tokens']:,} tokens, dim {anchor['dim']:,}"
         for name, value in anchor["fields"].items():
+            # Twelve digits of a SHA-256 are enough to compare by eye.
             yield f"  {name:<14}" + re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", value)
     sizes = dict(anchor["bytes"])
     total = _megabytes(sizes.pop("total"))
@@ -106,17 +88,22 @@ def _lines(held: Mapping[str, Any]) -> Iterator[str]:
         yield f"anchor {anchor['key']}"
         yield from anchor_lines(anchor)
     for build in held["unfinished"]:
-        far = "all evaluated" if build["all_evaluated"] else f"{build['rows']:,} rows in {build['parts']} parts"
+        far = f"{build['rows']:,} rows in {build['parts']} parts"
+        if build["all_evaluated"]:
+            far = "all evaluated"
         yield f"unfinished {build['key']}: {far}, {_megabytes(build['bytes'])}"
-    for kind, title in (("replay_files", "kept texts"), ("leftovers", "leftover")):
-        for item in held[kind]:
-            yield f"{title} {item['name']}, {_megabytes(item['bytes'])}"
+    for item in held["replay_files"]:
+        yield f"kept texts {item['name']}, {_megabytes(item['bytes'])}"
+    for item in held["leftovers"]:
+        yield f"leftover {item['name']}, {_megabytes(item['bytes'])}"
     if not any(held[kind] for kind in ("anchors", "unfinished", "replay_files", "leftovers")):
         yield "empty"
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+    if size < 1e5:
+        return f"{size / 1e3:,.1f} kB"
+    return f"{size / 1e6:,.1f} MB"
 
 
 def _indented(text: str) -> str:

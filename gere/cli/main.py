@@ -1,4 +1,4 @@
-"""Reads the command line and calls the command; each command imports what it needs when it runs."""
+"""Read the command line and call the command. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from gere.cli import COMMANDS
+from gere.cli.cache import add_cache
+from gere.cli.replay import add_replay
+from gere.cli.report import add_report
+from gere.cli.sequence import add_sequence
 from gere.errors import GeReError
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="gere", description="Replay files, anchors and reports for training with gere."
-    )
+    """Make the parser of all commands."""
+    text = "Replay files, anchors and reports for training with gere."
+    parser = argparse.ArgumentParser(prog="gere", description=text)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add_parser in COMMANDS:
-        add_parser(commands)
+    for add in (add_cache, add_replay, add_sequence, add_report):
+        add(commands)
     return parser
 
 

@@ -19,21 +19,14 @@ def add_report(commands: Any) -> None:
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder of gere sequence, or output folder of a Trainer")
     add("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="the page [report.html]")
     add("--markdown", type=Path, metavar="FILE.md", help="write the table there, too")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Write the report.
-
-    Args:
-        options: What `add_report` defines.
-
-    Raises:
-        GeReError: If a run cannot be read or a file cannot be written.
-    """
+def _run(options: argparse.Namespace) -> int:
     require(options.out.suffix == ".html", "--out", "a file name that ends in .html", str(options.out))
     if options.markdown is not None:
         require(options.markdown.suffix == ".md", "--markdown", "a file name that ends in .md", str(options.markdown))
+    # Takes its time to import, so after the checks.
     from gere.report import make_report
 
     report = make_report(options.runs)

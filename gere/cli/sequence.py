@@ -1,4 +1,4 @@
-"""`gere sequence`: trains one model over a sequence of tasks, and goes on with one that was killed."""
+"""`gere sequence`: train one model over a sequence of tasks, or resume one that was killed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 
-def add_parser(commands: Any) -> None:
+def add_sequence(commands: Any) -> None:
     """Add the command `sequence` to those of `gere`."""
-    text = "Train one model over a sequence of tasks, evaluate all after each; the same command goes on after a kill."
+    text = "Train one model over a sequence of tasks, evaluate all after each; the same command resumes after a kill."
     parser = commands.add_parser("sequence", help="train and evaluate over a sequence of tasks", description=text)
     add = parser.add_argument
     add("--config", type=Path, required=True, metavar="FILE", help="YAML or JSON with the settings")
@@ -19,17 +19,19 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from gere.continual.settings import read_sequence
+    from gere.continual import read_sequence, run
 
     settings = read_sequence(options.config, options.set)
-    from gere.continual import run
-
     matrix = run(settings)
+    names = matrix.tasks
+    if settings.mode == "multitask":
+        names = ["all tasks"]
+    rows: list[tuple[str, list[Any]]] = [*zip(names, matrix.accuracy, strict=True)]
+    if None not in matrix.before:
+        rows.insert(0, ("before", matrix.before))
     width = max(map(len, ["all tasks", *matrix.tasks]))
-    names = ["all tasks"] if settings.mode == "multitask" else matrix.tasks
-    rows: list[tuple[str, list[Any]]] = [] if None in matrix.before else [("before", [*matrix.before])]
-    rows += zip(names, matrix.accuracy, strict=True)
     lines = [f"{'after':<{width}}  " + "  ".join(f"{name:>8}" for name in matrix.tasks)]
-    lines += [f"{name:<{width}}  " + "  ".join(f"{value:>8.4f}" for value in row) for name, row in rows]
+    for name, accuracies in rows:
+        lines.append(f"{name:<{width}}  " + "  ".join(f"{value:>8.4f}" for value in accuracies))
     sys.stdout.write("\n".join([*lines, f"Written: {Path(settings.out) / 'matrix.json'}"]) + "\n")
     return 0

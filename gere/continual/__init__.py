@@ -5,7 +5,7 @@ from gere.continual.answers import greedy_answers as greedy_answers
 from gere.continual.answers import likeliest_answers as likeliest_answers
 from gere.continual.answers import normalised as normalised
 from gere.continual.answers import score as score
-from gere.continual.matrix import Matrix as Matrix
+from gere.continual.folder import Matrix as Matrix
 from gere.continual.sequence import Measure as Measure
 from gere.continual.sequence import run as run
 from gere.continual.settings import SequenceSettings as SequenceSettings

@@ -1,4 +1,4 @@
-"""One model over a sequence of tasks: train, evaluate all tasks, note it, go on; or go on where a kill left it."""
+"""One model over a sequence of tasks: train one, evaluate all, and resume after a kill."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from filelock import FileLock, Timeout
 from transformers import set_seed
 
 from gere._files import file_sha256, make_folder
-from gere.ability import GeneralAbilityCallback
 from gere.config import require
 from gere.continual.answers import Scores, greedy_answers, likeliest_answers, score
-from gere.continual.folder import RunFolder
-from gere.continual.matrix import Matrix, read_matrix
+from gere.continual.folder import Matrix, RunFolder, read_matrix
 from gere.continual.settings import SequenceSettings, require_name, settings_of
 from gere.continual.tasks import Task, answer_ids, encode, prompt_ids, read_tasks
 from gere.continual.trainers import (
@@ -31,6 +29,7 @@ from gere.continual.trainers import (
     training_arguments,
 )
 from gere.errors import ConfigError
+from gere.evaluation.callback import GeneralAbilityCallback
 from gere.evaluation.general import general_loss
 from gere.replay.texts import read_file
 
@@ -47,20 +46,20 @@ def run(
 ) -> Matrix:
     """Train one model over tasks, and evaluate all tasks after each.
 
-    Call it again with the same settings to go on after a kill; a finished sequence gives its matrix.
+    Call it again with the same settings to resume after a kill. A finished sequence returns its matrix at once.
 
     Args:
-        settings: What to do; a mapping has the names of `SequenceSettings`.
-        make_trainer: Makes the trainer of a task from `(model, tokenizer, train_rows, args, **settings)`, in place of
-            what `trainer` names.
-        measure: Measures general ability of `(model, tokenizer)`, in addition to what `general` and `ability` name.
+        settings: The settings, or a mapping with the names of `SequenceSettings`.
+        make_trainer: Makes the trainer of a task from `(model, tokenizer, train_rows, args, **settings)`; by default
+            the factory that `trainer` names.
+        measure: Measures general ability of `(model, tokenizer)`, beside what `general` and `ability` name.
 
     Returns:
         The matrix, as it stands in `matrix.json`.
 
     Raises:
         ConfigError: If a setting cannot be used, or the run folder belongs to another sequence.
-        GeReError: Whatever the trainer refuses.
+        GeReError: As the trainer.
     """
     if not isinstance(settings, SequenceSettings):
         settings = settings_of(settings, "settings")
@@ -72,22 +71,20 @@ def run(
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Hold a run folder, which the system lets go of when the process ends or is killed."""
-    lock = FileLock(out / ".lock")
+    """Keep other processes out of a run folder."""
     try:
-        lock.acquire(timeout=0)
+        # The system releases this lock when its process is killed. A file that merely exists would stay.
+        lock = FileLock(out / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
             "The run folder is in use.",
             where=out,
             expected="one process at a time",
-            found="another one that is training there",
+            found="another process that trains there",
             fix="Wait for it, or set out to another folder.",
         ) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 class _Sequence:
@@ -102,11 +99,12 @@ class _Sequence:
         names = [task.name for task in self._tasks]
         self._rounds = [MULTITASK] if settings.mode == MULTITASK else names
         self._folder = RunFolder(Path(settings.out), self._rounds)
-        self._texts = [] if settings.general is None else _texts(Path(settings.general), settings.general_rows)
+        self._texts = _general_texts(settings)
         self._matrix = read_matrix(self._folder.path) or Matrix(names)
 
     def run(self) -> Matrix:
         """Do what is left to do."""
+        # Refuse bad settings of all tasks now, not after hours of the first one.
         training_arguments(self._settings, self._folder.task(0))
         factory_settings(self._settings, self._folder.path)
         longest = max(self._most_new(task) for task in self._tasks)
@@ -115,19 +113,23 @@ class _Sequence:
         if not self._matrix.general:
             self._evaluate(None)
         done = len(self._matrix.accuracy)
+        # A kill may have come after the matrix was written and before the folder was cleaned up.
         for index in range(done):
             self._folder.clean_up(index)
         for index in range(done, len(self._rounds)):
             if self._folder.model(index) is None:
                 self._train(index)
+            # Before the matrix: with the last task in it, a resumed run has nothing left to do.
             self._folder.write_logs(index)
             self._evaluate(index)
             self._folder.clean_up(index)
         return self._matrix
 
     def _content(self) -> dict[str, Any]:
-        """What tells this sequence from another one."""
+        """Collect what tells this sequence from others."""
         settings = dataclasses.asdict(self._settings)
+        # Another path may lead to the same folder.
+        del settings["out"]
         name = settings.pop("name") or self._folder.path.resolve().name
         files = [path for task in self._tasks for path in task.files]
         return {
@@ -135,40 +137,41 @@ class _Sequence:
             "seed": settings["seed"],
             "tasks": [task.name for task in self._tasks],
             "files": {path.name: file_sha256(path) for path in files},
-            "settings": {key: value for key, value in settings.items() if key != "out"},
+            "settings": settings,
         }
 
     def _train(self, index: int) -> None:
-        """Train a task from its last checkpoint, or from the model before it, and keep the result."""
-        folder = self._folder.task(index)
-        args = training_arguments(self._settings, folder, index)
-        set_seed(self._settings.seed)
-        model = load_model(self._settings, self._folder.model(index - 1))
-        most = self._settings.max_length
-        tasks = self._tasks if self._settings.mode == MULTITASK else [self._tasks[index]]
-        rows = [encode(self._tokenizer, row, most) for task in tasks for row in task.train]
-        extra = factory_settings(self._settings, self._folder.path)
+        """Train a task from its last checkpoint, or from the model of the task before it, and keep the model."""
+        settings = self._settings
+        args = training_arguments(settings, self._folder.task(index), index)
+        # Before the model is loaded: a new adapter is random.
+        set_seed(settings.seed)
+        model = load_model(settings, self._folder.model(index - 1))
+        tasks = self._tasks if settings.mode == MULTITASK else [self._tasks[index]]
+        rows = [encode(self._tokenizer, row, settings.max_length) for task in tasks for row in task.train]
+        extra = factory_settings(settings, self._folder.path)
         trainer = self._make_trainer(model, self._tokenizer, rows, args, **extra)
         checkpoint = self._folder.checkpoint(index)
         logger.info("%s: %d rows, from %s", self._rounds[index], len(rows), checkpoint or "the start")
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         trainer.save_state()
         self._folder.keep(index, trainer.save_model)
+        # Trainer and model refer to each other, and the next model needs the memory of the GPU.
         del trainer, model
         gc.collect()
 
     def _evaluate(self, index: int | None) -> None:
-        """Evaluate the saved model of a task, or the untouched one, and write the matrix.
-
-        It is always loaded anew, so that a resumed run evaluates the very same.
-        """
-        settings = self._settings
-        device = training_arguments(settings, self._folder.path).device
-        set_seed(settings.seed)
-        model = load_model(settings, None if index is None else self._folder.model(index)).to(device)
-        scores = [self._score(model, task) for task in self._tasks] if index is not None or settings.before else None
+        """Evaluate the saved model of a task, or for `None` the base model, and write the matrix."""
+        saved = None if index is None else self._folder.model(index)
+        device = training_arguments(self._settings, self._folder.path).device
+        set_seed(self._settings.seed)
+        # Loaded from disk even after a training, so that a resumed run evaluates the very same model.
+        model = load_model(self._settings, saved).to(device)
+        scores = []
+        if index is not None or self._settings.before:
+            scores = [self._score(model, task) for task in self._tasks]
         general = self._general(model)
-        if index is None or scores is None:
+        if index is None:
             self._matrix.begin(scores, general)
         else:
             self._matrix.add(scores, general)
@@ -176,10 +179,10 @@ class _Sequence:
 
     def _score(self, model: Any, task: Task) -> Scores:
         settings, tokenizer = self._settings, self._tokenizer
-        options = [answer_ids(tokenizer, label) for label in task.labels]
         longest = self._most_new(task)
         prompts = [prompt_ids(tokenizer, row, settings.max_length - longest) for row in task.dev]
         if settings.answers == "likelihood":
+            options = [answer_ids(tokenizer, label) for label in task.labels]
             chosen = likeliest_answers(model, tokenizer, prompts, options)
             answers = [task.labels[place] for place in chosen]
         else:
@@ -189,28 +192,33 @@ class _Sequence:
         return scores
 
     def _most_new(self, task: Task) -> int:
-        """Tokens of the longest label and the one that ends it."""
+        """Count the tokens of the longest label, and the one that ends it."""
         return max(len(answer_ids(self._tokenizer, label)) for label in task.labels) + 1
 
     def _general(self, model: Any) -> dict[str, float]:
         found: dict[str, float] = {}
         if self._texts:
-            found["general/loss"] = general_loss(
-                model, self._tokenizer, self._texts, max_length=self._settings.max_length
-            )
+            most = self._settings.max_length
+            found["general/loss"] = general_loss(model, self._tokenizer, self._texts, max_length=most)
         for measure in self._measures:
             found |= measure(model, self._tokenizer)
         return found
 
 
 def _ability(settings: SequenceSettings) -> Measure | None:
-    """What the section `ability` asks for."""
+    """Make the measure that the section `ability` asks for."""
+    if not settings.ability:
+        return None
     known = [name for name in inspect.signature(GeneralAbilityCallback).parameters if name != "texts"]
     for name in settings.ability:
         require_name(name, known, "ability")
-    return GeneralAbilityCallback(**settings.ability).measure if settings.ability else None
+    return GeneralAbilityCallback(**settings.ability).measure
 
 
-def _texts(path: Path, size: int | None) -> list[str]:
-    """General texts of a file, by the rules of replay files."""
-    return [str(text) for text in read_file(path, "text")[:size]]
+def _general_texts(settings: SequenceSettings) -> list[str]:
+    """Read the held-out general texts, by the rules of replay files."""
+    if settings.general is None:
+        return []
+    texts = read_file(Path(settings.general), "text")[: settings.general_rows]
+    require(None not in texts, "general", f"a text in each record of {settings.general}", None)
+    return [str(text) for text in texts]

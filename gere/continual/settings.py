@@ -1,51 +1,51 @@
-"""Settings of a sequence, their checks, and how a YAML file and words of a command line give them."""
+"""Settings of a sequence: checked, and read from a file and words of a command line."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from gere.config import require, require_known
+from gere._files import read_settings
+from gere.config import DTYPES, require, require_known
 from gere.errors import ConfigError
 
 MODES = ("sequence", "multitask")
 ANSWERS = ("greedy", "likelihood")
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
 class SequenceSettings:
-    """What a sequence of tasks is.
+    """Settings of a sequence of tasks.
 
     Args:
         model: Folder or hub name of the base model.
         tasks: Names of files in `task_dir`, paths of `NAME.train.jsonl` with `NAME.dev.jsonl` beside it, or mappings
-            of `train`, `dev` and, where wished, `name` and `labels`.
+            of `train`, `dev` and optionally `name` and `labels`.
         out: Run folder.
-        task_dir: Folder of the tasks that are given by name.
-        name: Name of the run; that of the folder where it is left out.
+        task_dir: Folder of the tasks that `tasks` names.
+        name: Name of the run, by default that of the folder.
         mode: One task after the other (`"sequence"`), or all at once (`"multitask"`), an upper bound.
         trainer: `"plain"`, `"gere"`, or `"module:function"`, which is called as
             `function(model, tokenizer, train_rows, args, **settings)` and gives a `Trainer`.
-        seed: Seed of the rows that are drawn, of LoRA and of the training.
+        seed: Seed of the choice of rows, of LoRA and of the training.
         rows: Training rows of each task, drawn by the seed; `None` for all.
         dev_rows: Rows that a task is evaluated on; `None` for all.
-        dev_skip: Rows at the beginning of each dev file that are left out, to choose settings on other rows.
+        dev_skip: First rows of each dev file to leave out. Choose settings on these.
         max_length: Longest row in tokens; a longer prompt loses its middle.
         dtype: Precision of the weights.
         answers: Greedy decoding (`"greedy"`), or the likeliest of the labels (`"likelihood"`).
         eval_batch: Rows of a batch of the evaluation.
-        before: Evaluate the untouched model, too.
+        before: Evaluate the base model, too.
         training: Arguments of `TrainingArguments`, but for the output folder and the seed.
         gere: Arguments of `GeReTrainer` and fields of `GeReConfig` by their names.
-        settings: Further arguments of a trainer factory of your own.
+        settings: Further arguments of your own trainer factory.
         lora: Arguments of PEFT's `LoraConfig`; `None` for full training.
-        general: File of held-out general texts, whose loss is measured before training and after each task.
-        general_rows: Texts of it; `None` for all.
-        ability: Arguments of `GeneralAbilityCallback` but for the texts: multiple-choice tasks to measure then, too.
+        general: File of held-out general texts. Their loss is measured before training and after each task.
+        general_rows: Texts of that file; `None` for all.
+        ability: Arguments of `GeneralAbilityCallback` except its texts: multiple-choice tasks, measured as `general`
+            is.
 
     Raises:
         ConfigError: If a value cannot be used.
@@ -80,52 +80,38 @@ class SequenceSettings:
         for name in ("model", "out"):
             value = getattr(self, name)
             require(isinstance(value, str) and bool(value), name, "a path or a name", value)
+        # A string is a sequence, too: each of its letters would count as a task.
         listed = isinstance(self.tasks, Sequence) and not isinstance(self.tasks, str) and len(self.tasks) > 0
         require(listed, "tasks", "a list of at least one task", self.tasks)
         for name, choices in {"mode": MODES, "answers": ANSWERS, "dtype": DTYPES}.items():
             value = getattr(self, name)
             require(value in choices, name, " or ".join(map(repr, choices)), value)
-        for name, least in {"seed": 0, "dev_skip": 0, "max_length": 8, "eval_batch": 1}.items():
-            self._require_whole(name, least)
-        for name in ("rows", "dev_rows", "general_rows"):
-            if getattr(self, name) is not None:
-                self._require_whole(name, 1)
+        numbers = {"seed": 0, "dev_skip": 0, "max_length": 8, "eval_batch": 1}
+        for name, least in {**numbers, "rows": 1, "dev_rows": 1, "general_rows": 1}.items():
+            value = getattr(self, name)
+            sound = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            require(sound or (value is None and name not in numbers), name, f"a whole number >= {least}", value)
         for name in ("training", "gere", "settings", "ability", "lora"):
             value = getattr(self, name)
             sound = isinstance(value, Mapping) or (name == "lora" and value is None)
             require(sound, name, "settings by name, indented below it", value)
-        self._check_trainer()
-
-    def _require_whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        sound = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        require(sound, name, f"a whole number >= {least}", value)
-
-    def _check_trainer(self) -> None:
         named = isinstance(self.trainer, str) and (self.trainer in ("plain", "gere") or self.trainer.count(":") == 1)
         require(named, "trainer", '"plain", "gere" or "module:function"', self.trainer)
         require(not (self.trainer == "plain" and self.gere), "gere", "no such section with trainer: plain", self.gere)
         own = ":" in self.trainer
-        require(own or not self.settings, "settings", "none but for a trainer of your own", self.settings)
+        require(own or not self.settings, "settings", "settings with your own trainer only", self.settings)
 
 
 def settings_of(content: Mapping[str, Any], where: object) -> SequenceSettings:
-    """Settings from values by name.
-
-    Args:
-        content: The values.
-        where: The place of them, for messages.
-
-    Raises:
-        ConfigError: If a name is unknown or missing, or a value cannot be used.
-    """
-    fields = dataclasses.fields(SequenceSettings)
+    """Make settings from values by name; `where` names their place in messages."""
+    known = [field.name for field in dataclasses.fields(SequenceSettings)]
     for key in content:
-        require_name(key, [field.name for field in fields], where)
+        require_name(key, known, where)
     missing = [name for name in ("model", "tasks", "out") if name not in content]
-    require(not missing, f"{where}", "model, tasks and out", f"no {', '.join(missing)}")
-    texts: dict[str, Any] = {name: str(value) for name, value in content.items() if isinstance(value, Path)}
-    return SequenceSettings(**{**content, **texts})
+    require(not missing, str(where), "model, tasks and out", f"no {', '.join(missing)}")
+    # sequence.json holds the settings, and JSON knows no paths.
+    paths = {name: str(value) for name, value in content.items() if isinstance(value, Path)}
+    return SequenceSettings(**{**content, **paths})
 
 
 def require_name(key: object, known: Sequence[str], where: object) -> None:
@@ -138,7 +124,7 @@ def read_sequence(file: Path, words: Sequence[str] = ()) -> SequenceSettings:
 
     Args:
         file: YAML or JSON.
-        words: `name=value` or `section.name=value`, which come after those of the file.
+        words: `name=value` or `section.name=value`, which override the file.
 
     Raises:
         ConfigError: If the file cannot be read, a name is unknown, or a value cannot be used.
@@ -146,26 +132,27 @@ def read_sequence(file: Path, words: Sequence[str] = ()) -> SequenceSettings:
     import yaml
 
     try:
-        text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        content = read_settings(file)
+        values = [yaml.safe_load(word.partition("=")[2]) for word in words]
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
-            "The config file of the sequence cannot be read.",
-            where=file,
-            expected="a .yaml, .yml or .json file of settings by name",
+            "The settings of the sequence cannot be read.",
+            where=f"{file}, --set",
+            expected="a .yaml, .yml or .json file of settings by name, and words such as training.max_steps=20",
             found=f"{type(error).__name__}: {error}",
-            fix="Correct the path or the file.",
+            fix="Correct the path, the file or the word.",
         ) from error
     require(isinstance(content, dict), str(file), "settings by name", content)
-    for word in words:
-        name, equals, value = word.partition("=")
+    # Outside of `try`: a ConfigError is a ValueError, too.
+    for word, value in zip(words, values, strict=True):
+        name, equals, _ = word.partition("=")
         require(bool(equals), "--set", "name=value, such as training.max_steps=20", word)
-        _put(content, name.split("."), yaml.safe_load(value))
+        _put(content, name.split("."), value)
     return settings_of(content, file)
 
 
 def _put(content: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    """Set a value in nested sections, which are made where they are missing."""
+    """Set a value in nested sections, and make those that are missing."""
     *sections, last = path
     for section in sections:
         if content.get(section) is None:

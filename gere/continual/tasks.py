@@ -1,13 +1,13 @@
-"""Tasks of a sequence: their files, their labels, and their rows as tokens."""
+"""Tasks of a sequence: their files, their labels, and their rows as token ids."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gere._files import numbered_lines
 from gere.config import require
 from gere.continual.answers import normalised
 from gere.continual.settings import SequenceSettings, require_name
@@ -20,8 +20,8 @@ class TaskRow(NamedTuple):
     """One question of a task.
 
     Attributes:
-        instruction: What is asked, the same in all rows of a task as a rule.
-        input: The text it is asked about.
+        instruction: The question, usually the same in all rows of a task; empty if there is none.
+        input: The text that it is about.
         output: The right answer.
     """
 
@@ -31,7 +31,7 @@ class TaskRow(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """All that the model reads before its answer."""
+        """Text that the model reads before its answer."""
         return self.instruction + self.input
 
 
@@ -42,8 +42,8 @@ class Task(NamedTuple):
         name: Its name in the matrix.
         train: Rows to train on.
         dev: Rows to evaluate on.
-        labels: All answers that the task has.
-        files: The files they come from.
+        labels: All answers that the task knows.
+        files: Files of the training rows and of the dev rows.
     """
 
     name: str
@@ -54,11 +54,7 @@ class Task(NamedTuple):
 
 
 def read_tasks(settings: SequenceSettings) -> list[Task]:
-    """Read the tasks of a sequence.
-
-    Raises:
-        ConfigError: If a file cannot be read, a row lacks a field, or two tasks have the same name.
-    """
+    """Read the tasks of a sequence, and refuse two of one name."""
     tasks = [read_task(entry, settings) for entry in settings.tasks]
     names = [task.name for task in tasks]
     require(len({*names}) == len(names), "tasks", "tasks of different names", names)
@@ -70,7 +66,7 @@ def read_task(entry: Any, settings: SequenceSettings) -> Task:
 
     Args:
         entry: A name, the path of its training file, or a mapping of `train`, `dev`, `name` and `labels`.
-        settings: `task_dir`, and which rows are taken.
+        settings: Settings with `task_dir` and the choice of rows.
 
     Raises:
         ConfigError: If a file cannot be read, a row lacks a field, or labels cannot be told apart.
@@ -78,10 +74,13 @@ def read_task(entry: Any, settings: SequenceSettings) -> Task:
     given = _paths(entry, settings.task_dir)
     files = (Path(given["train"]), Path(given["dev"]))
     name = str(given.get("name") or files[0].name.removesuffix(".jsonl").removesuffix(".train"))
-    train, dev = map(_read_rows, files)
-    labels = tuple(given.get("labels") or sorted({row.output for row in [*train, *dev]}))
+    train, dev = _read_rows(files[0]), _read_rows(files[1])
+    labels = given.get("labels") or sorted({row.output for row in [*train, *dev]})
+    # YAML reads a label such as yes or 1 as another type.
+    labels = tuple(map(str, labels))
     _require_labels(name, labels, dev)
     if settings.rows is not None and settings.rows < len(train):
+        # By the name, not by the place: a task has the same rows in every order of tasks.
         train = random.Random(f"{settings.seed} {name}").sample(train, settings.rows)  # noqa: S311
     dev = dev[settings.dev_skip :][: settings.dev_rows]
     require(len(dev) > 0, "dev_skip", f"less than the rows of {files[1]}", settings.dev_skip)
@@ -104,12 +103,10 @@ def _paths(entry: Any, folder: str | None) -> Mapping[str, Any]:
 
 def _read_rows(path: Path) -> list[TaskRow]:
     try:
-        with path.open(encoding="utf-8") as lines:
-            records = [json.loads(line) for line in lines if line.strip()]
-        rows = [TaskRow(str(row.get("instruction", "")), str(row["input"]), str(row["output"])) for row in records]
+        rows = [_row(record, line) for line, record in numbered_lines(path)]
         if not rows:
             raise ValueError("no rows")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             "A task file cannot be read.",
             where=path,
@@ -120,8 +117,22 @@ def _read_rows(path: Path) -> list[TaskRow]:
     return rows
 
 
+def _row(record: Any, line: int) -> TaskRow:
+    if not isinstance(record, dict):
+        raise ValueError(f"line {line} of the file: a JSON {type(record).__name__}, which is no record")
+    for name in ("input", "output"):
+        # `str(None)` would make a label "None" of it.
+        if record.get(name) is None:
+            fault = "null" if name in record else "missing"
+            raise ValueError(f"line {line} of the file: {name} is {fault}")
+    instruction = record.get("instruction")
+    if instruction is None:
+        instruction = ""
+    return TaskRow(str(instruction), str(record["input"]), str(record["output"]))
+
+
 def _require_labels(name: str, labels: Sequence[str], dev: Sequence[TaskRow]) -> None:
-    """Refuse labels that an answer could not be told by."""
+    """Refuse labels that are equal once they are normalised, and dev rows with another answer."""
     plain = [normalised(label) for label in labels]
     distinct = len({*plain}) == len(plain) and all(plain)
     require(distinct, f"labels of {name}", "labels that differ in letters and digits", labels)
@@ -130,34 +141,28 @@ def _require_labels(name: str, labels: Sequence[str], dev: Sequence[TaskRow]) ->
 
 
 def prompt_ids(tokenizer: Any, row: TaskRow, most: int) -> list[int]:
-    """Tokens of a prompt; a long one keeps its instruction and its end.
-
-    Args:
-        tokenizer: The tokenizer.
-        row: The row.
-        most: Largest number of tokens.
-    """
+    """Tokenise a prompt. One with more than `most` tokens keeps its instruction and its end."""
     ids = list(tokenizer(row.prompt, verbose=False)["input_ids"])
-    ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+    # Some tokenizers end every text, and the answer comes after this one.
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
     if len(ids) <= most:
         return ids
-    head = min(len(tokenizer(row.instruction, verbose=False)["input_ids"]), most // 2) if row.instruction else 0
+    head = 0
+    if row.instruction:
+        # At most half of the room, so that a long instruction leaves some of the end.
+        head = min(len(tokenizer(row.instruction, verbose=False)["input_ids"]), most // 2)
     return ids[:head] + ids[len(ids) - (most - head) :]
 
 
 def answer_ids(tokenizer: Any, answer: str) -> list[int]:
-    """Tokens of an answer, as they follow the prompt, without the one that ends it."""
+    """Tokenise an answer as it follows a prompt, without the token that ends it."""
+    # A word after a space is another token than at the beginning of a text.
     return list(tokenizer(f" {answer}", add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def encode(tokenizer: Any, row: TaskRow, most: int) -> dict[str, list[int]]:
-    """A row to train on: prompt, answer, end; the loss is that of answer and end.
-
-    Args:
-        tokenizer: The tokenizer.
-        row: The row.
-        most: Largest number of tokens.
-    """
+    """Make a training row of at most `most` tokens: prompt, answer, end of text. Only the last two have labels."""
     answer = [*answer_ids(tokenizer, row.output), tokenizer.eos_token_id][:most]
     prompt = prompt_ids(tokenizer, row, most - len(answer))
     ids = prompt + answer

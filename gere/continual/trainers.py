@@ -1,7 +1,8 @@
-"""Models and trainers of a sequence: from the base or a saved task, plain, with replay, or by a user's own factory."""
+"""Models and trainers of a sequence: loaded from the base or a saved task; plain, with replay, or the user's own."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,36 +18,31 @@ from gere.errors import ConfigError, TokenizerError, UnsupportedSettingError
 from gere.trainer import GeReTrainer
 
 TrainerFactory = Callable[..., Trainer]
-CONFIG = "gere_config"
-DEFAULTS: Mapping[str, Any] = {"report_to": [], "disable_tqdm": True, "logging_steps": 10, "save_total_limit": 2}
+# Two checkpoints: the last one may be cut by a kill, or be that of the last step, which cannot be resumed.
+DEFAULTS: Mapping[str, Any] = {
+    "report_to": [],
+    "disable_tqdm": True,
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "save_total_limit": 2,
+}
 
 
-def plain_trainer(model: Any, tokenizer: Any, train_rows: Sequence[Any], args: Any, **settings: Any) -> Trainer:
-    """The plain `Trainer` over encoded rows."""
-    return Trainer(**_shared(model, tokenizer, train_rows, args), **settings)
+def _factory(cls: type[Trainer]) -> TrainerFactory:
+    """Make a factory of trainers of a class over encoded rows; further settings are arguments of the class."""
+
+    def make(model: Any, tokenizer: Any, train_rows: Sequence[Any], args: Any, **settings: Any) -> Trainer:
+        collator = DataCollatorForSeq2Seq(tokenizer)
+        return cls(model, args, collator, train_rows, processing_class=tokenizer, **settings)
+
+    return make
 
 
-def gere_trainer(model: Any, tokenizer: Any, train_rows: Sequence[Any], args: Any, **settings: Any) -> Trainer:
-    """`GeReTrainer` over encoded rows, `settings` being its replay arguments."""
-    return GeReTrainer(**_shared(model, tokenizer, train_rows, args), **settings)
-
-
-def _shared(model: Any, tokenizer: Any, train_rows: Sequence[Any], args: Any) -> dict[str, Any]:
-    return {
-        "model": model,
-        "args": args,
-        "train_dataset": train_rows,
-        "data_collator": DataCollatorForSeq2Seq(tokenizer),
-        "processing_class": tokenizer,
-    }
+plain_trainer, gere_trainer = _factory(Trainer), _factory(GeReTrainer)
 
 
 def factory_of(settings: SequenceSettings) -> TrainerFactory:
-    """The factory that `trainer` names.
-
-    Raises:
-        ConfigError: If a module or function of a user's own cannot be imported.
-    """
+    """Find the factory that `trainer` names."""
     known = {"plain": plain_trainer, "gere": gere_trainer}
     if settings.trainer in known:
         return known[settings.trainer]
@@ -57,57 +53,42 @@ def factory_of(settings: SequenceSettings) -> TrainerFactory:
         raise ConfigError(
             "The trainer factory cannot be imported.",
             where="trainer",
-            expected="module:function of a module on the path of Python",
+            expected="module:function of a module that Python can import",
             found=f"{settings.trainer!r}: {type(error).__name__}: {error}",
             fix="Correct the name; for a module in this folder, start with PYTHONPATH=. before the command.",
         ) from error
 
 
 def factory_settings(settings: SequenceSettings, out: Path) -> dict[str, Any]:
-    """Keyword arguments of the factory: those of replay, the anchor in the run folder by default, and the user's.
+    """Collect the keyword arguments of the factory: those of the section `gere`, and those of `settings`.
 
-    Args:
-        settings: Settings of the sequence.
-        out: Run folder.
-
-    Raises:
-        ConfigError: If a replay setting is unknown or cannot be used.
+    The anchor is in the run folder `out` by default.
     """
     if settings.trainer != "gere" and not settings.gere:
         return dict(settings.settings)
-    nested = settings.gere.get(CONFIG) or {}
-    require(isinstance(nested, Mapping), f"gere.{CONFIG}", "settings by name", nested)
-    section = {name: value for name, value in settings.gere.items() if name != CONFIG} | dict(nested)
-    replay = kwargs_of_section(section, "gere")
+    replay = kwargs_of_section(settings.gere, "gere")
     return {"gere_hidden_state_saving_dir": str(out / "gere_saving"), **replay, **settings.settings}
 
 
 def training_arguments(settings: SequenceSettings, folder: Path, task: int = 0) -> TrainingArguments:
-    """Arguments of the training of one task.
-
-    Each task has an order of rows of its own: with one order for all, every task would replay the same first rows of
-    the replay set, and the model would learn these by heart.
-
-    Args:
-        settings: Settings of the sequence.
-        folder: Where its checkpoints go.
-        task: Index of the task.
-
-    Raises:
-        ConfigError: If a name is unknown or belongs to the sequence, or a value cannot be used.
-        UnsupportedSettingError: If training would run in several processes or on several GPUs at once.
-    """
+    """Make the `TrainingArguments` of the task with this index, whose checkpoints are in `folder`."""
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     for name in settings.training:
         require_name(name, known, "training")
+    # `save_only_model` leaves the optimizer out, so that a checkpoint could not be resumed.
     taken = [name for name in ("output_dir", "seed", "save_only_model") if name in settings.training]
     require(not taken, "training", "out and seed beside it, and checkpoints to resume from", ", ".join(taken))
     given = {name: _as_number(name, value) for name, value in settings.training.items()}
-    saves = {"save_strategy": "steps" if "save_steps" in given else "no"}
+    if "save_steps" in given:
+        given.setdefault("save_strategy", "steps")
     base = given.get("data_seed")
-    seeds = {"seed": settings.seed, "data_seed": order_seed(settings.seed if base is None else base, task)}
+    if base is None:
+        base = settings.seed
+    given["seed"] = settings.seed
+    # With one order for all tasks, each would replay the same first rows, and the model would learn these by heart.
+    given["data_seed"] = order_seed(base, task)
     try:
-        args = TrainingArguments(output_dir=str(folder), **{**DEFAULTS, **saves, **given, **seeds})
+        args = TrainingArguments(output_dir=str(folder), **{**DEFAULTS, **given})
     except (TypeError, ValueError) as error:
         raise ConfigError(
             "TrainingArguments does not accept the training settings.",
@@ -121,34 +102,29 @@ def training_arguments(settings: SequenceSettings, folder: Path, task: int = 0) 
             where="the launcher, or CUDA_VISIBLE_DEVICES",
             expected="one process that sees one GPU at most",
             found=f"{args.world_size} processes, {args.n_gpu} GPUs",
-            fix="Start `gere sequence` without a launcher, with CUDA_VISIBLE_DEVICES=0; other seeds on other GPUs.",
+            fix="Start `gere sequence` without a launcher and with CUDA_VISIBLE_DEVICES=0; other seeds on other GPUs.",
         )
     return args
 
 
 def order_seed(seed: int, task: int) -> int:
-    """Seed of the order of rows in a task, 32 bits; no two tasks or seeds have orders that are related."""
+    """Compute the seed of the order of rows in a task, 32 bits."""
+    # Seed 1 of task 0 is not seed 0 of task 1, as it would be with a sum.
     return int(np.random.SeedSequence([seed, task]).generate_state(1)[0])
 
 
 def _as_number(name: str, value: Any) -> Any:
-    """YAML reads 1e-4 as text."""
+    """Read a float that stands as text."""
+    # YAML 1.1 wants a dot in a number: it reads 1e-4 as text.
     if isinstance(value, str) and get_type_hints(TrainingArguments).get(name) is float:
-        try:
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            return value
     return value
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer of a model; where it has no padding token, the one that ends a text takes its place.
-
-    Raises:
-        ConfigError: If there is none of this name.
-        TokenizerError: If nothing ends a text.
-    """
-    tokenizer = _loaded(name, lambda: AutoTokenizer.from_pretrained(name))
+    """Load the tokenizer of a model. If it has no padding token, its EOS token pads."""
+    tokenizer = _load(AutoTokenizer, name)
     if tokenizer.eos_token_id is None:
         raise TokenizerError(
             "The tokenizer has no token that ends an answer.",
@@ -162,28 +138,23 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(settings: SequenceSettings, saved: Path | None) -> Any:
-    """Load the base model, or what the last task left of it.
-
-    Args:
-        settings: Settings of the sequence.
-        saved: Folder of the last task's model, with LoRA of its adapter; `None` for the base.
-
-    Raises:
-        ConfigError: If a model cannot be loaded, or a setting of LoRA cannot be used.
-    """
-    lora = settings.lora is not None
-    name = settings.model if saved is None or lora else str(saved)
-    model: Any = _loaded(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=settings.dtype))
+    """Load the base model, or the model after a task from its folder, which with LoRA holds the adapter."""
+    name = settings.model
+    # The adapter of a task lies on the base, which never moves.
+    if saved is not None and settings.lora is None:
+        name = str(saved)
+    model = _load(AutoModelForCausalLM, name, dtype=settings.dtype)
     most = getattr(model.config, "max_position_embeddings", None) or settings.max_length
     require(settings.max_length <= most, "max_length", f"at most {most}, which the model has", settings.max_length)
-    if not lora:
+    if settings.lora is None:
         return model
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if saved is not None:
+        # By default PEFT loads an adapter for inference, with frozen weights.
         return PeftModel.from_pretrained(model, str(saved), is_trainable=True)
     try:
-        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **dict(settings.lora or {})}))
+        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings.lora}))
     except (TypeError, ValueError) as error:
         raise ConfigError(
             "The adapter cannot be made.",
@@ -194,9 +165,9 @@ def load_model(settings: SequenceSettings, saved: Path | None) -> Any:
         ) from error
 
 
-def _loaded(name: str, load: Callable[[], Any]) -> Any:
+def _load(cls: Any, name: str, **settings: Any) -> Any:
     try:
-        return load()
+        return cls.from_pretrained(name, **settings)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             "The model or its tokenizer cannot be loaded.",

@@ -3,57 +3,58 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from gere import _compat
 from gere.config import require
 from gere.errors import QuestionError, TokenizerError
-from gere.evaluation.choices import ChoiceNormalization, choice_accuracy, require_normalization
+from gere.evaluation.choices import ChoiceNormalization, ChoiceScore, choice_accuracy, require_normalization
 from gere.evaluation.general import general_loss
 from gere.evaluation.lm_eval import PREFIX as LM_EVAL
-from gere.evaluation.lm_eval import HarnessTask, is_harness, load_tasks
-from gere.evaluation.lm_eval_scores import harness_accuracy
+from gere.evaluation.lm_eval import load_tasks
 from gere.evaluation.questions import Question, read_questions, spread
 from gere.replay.texts import read_file
 
 logger = logging.getLogger("gere")
 PREFIX, CHANGE, ERROR = "general/", "_change", "_se"
 Source = str | Path | Sequence[Question]
+# Called as `scorer(model, tokenizer, batch_size=..., max_length=..., ranks=...)`.
+Scorer = Callable[..., ChoiceScore]
 
 
 class GeneralAbilityCallback(TrainerCallback):
     """Measures what the model can do apart from the task: before training, at each evaluation and after training.
 
-    It logs `general/loss` in nats a token, for each task `general/NAME` (accuracy) and `general/NAME_se` (its standard
-    error), and the change of each value since before training, such as `general/loss_change`. A resumed run finds its
-    first values in the log of the checkpoint. The processes of a run share the work.
+    It logs `general/loss` in nats a token, and for each task `general/NAME` (accuracy) and `general/NAME_se` (its
+    standard error). After the start it also logs changes, such as `general/loss_change`. A resumed run reads its first
+    values from the log of the checkpoint. The processes of a run share the work.
 
-    `GeReTrainer` binds a callback that it is given. A plain `Trainer` does not, and a callback knows no trainer:
-    without `bind`, the values are in `trainer.state.log_history` and `trainer_state.json`, but no reporter sees them.
+    `GeReTrainer` binds its callbacks. With a plain `Trainer`, call `bind`. Without it, the values are in
+    `trainer.state.log_history` and `trainer_state.json`, but no reporter sees them.
 
     Args:
         texts: Held-out general texts: a list, or a .jsonl (key `text`), .json, .parquet or .txt file.
-        tasks: Multiple-choice tasks by name; each a file, a name or a list, as in `gere.ability.read_questions`, or a
-            task of lm-evaluation-harness as `lm-eval:arc_easy` or `lm-eval:folder/mine.yaml`. Or files and names
-            alone; a file `sciq.validation.jsonl` is called `sciq` then, and `lm-eval:arc_easy` `arc_easy`.
-        limit: At most so many questions of each task and so many texts, evenly spread.
+        tasks: Multiple-choice tasks by name; each a file or a list as in `gere.evaluation.read_questions`, or a task
+            of lm-evaluation-harness as `lm-eval:arc_easy` or `lm-eval:folder/mine.yaml`. A list of sources names
+            them itself: `sciq` for `sciq.validation.jsonl`, `arc_easy` for `lm-eval:arc_easy`.
+        limit: Most questions of each task and most texts, evenly spread.
         batch_size: Options of one forward pass.
         max_length: Tokens that are read of a text, or of a context with its option.
-        normalization: As in `gere.ability.choice_accuracy`; or one for each task by its name, others by characters.
+        normalization: As in `gere.evaluation.choice_accuracy`; or by name of the task, `"characters"` for the others.
             Of a task of lm-eval, `"characters"` takes its `acc_norm` and `"none"` its `acc`.
-        lm_eval_path: A folder with YAML files of tasks that lm-eval shall know beside its own, several folders, or a
-            `TaskManager` of lm-eval.
+        lm_eval_path: A folder with YAML files of tasks of your own, several folders, or a `TaskManager` of lm-eval.
 
     Raises:
-        ConfigError: If there is nothing to measure, a name stands twice, or a task of lm-eval does not have the
+        ConfigError: If there is nothing to measure, two tasks have one name, or a task of lm-eval does not have the
             accuracy that `normalization` asks for.
         QuestionError: If a task cannot be read.
         ReplaySetError: If the file of texts cannot be read.
-        MissingPackageError: If a task is named and the package that carries it is not installed.
+        MissingPackageError: If a task of lm-eval is named and the package is not installed.
 
     Example:
         >>> ability = GeneralAbilityCallback(texts="heldout.jsonl", tasks=["sciq.jsonl"], limit=200)  # doctest: +SKIP
@@ -73,15 +74,18 @@ class GeneralAbilityCallback(TrainerCallback):
     ) -> None:
         named = _named(tasks or {})
         require(texts is not None or bool(named), "texts and tasks", "at least one of them", None)
-        loaded = read_file(Path(texts), "text") if isinstance(texts, (str, Path)) else list(texts or [])
-        self._texts: list[str] = spread(loaded, limit)
-        self._limits: dict[str, int] = {"batch_size": batch_size, "max_length": max_length}
-        by_name = normalization if isinstance(normalization, Mapping) else dict.fromkeys(named, normalization)
-        require(set(by_name) <= set(named), "normalization", f"names of tasks: {', '.join(named)}", normalization)
-        for rule in by_name.values():
+        if isinstance(texts, (str, Path)):
+            texts = read_file(Path(texts), "text")
+        self._texts: list[str] = spread(list(texts or []), limit)
+        self._sizes = {"batch_size": batch_size, "max_length": max_length}
+        if not isinstance(normalization, Mapping):
+            normalization = dict.fromkeys(named, normalization)
+        expected = f"names of tasks: {', '.join(named)}"
+        require(set(normalization) <= set(named), "normalization", expected, normalization)
+        for rule in normalization.values():
             require_normalization(rule)
-        self._normalization: dict[str, ChoiceNormalization] = {**dict.fromkeys(named, "characters"), **by_name}
-        self._tasks = _loaded(named, self._normalization, limit, lm_eval_path)
+        rules: dict[str, ChoiceNormalization] = {**dict.fromkeys(named, "characters"), **normalization}
+        self._scorers = _scorers(named, rules, limit, lm_eval_path)
         self._trainer: Any = None
         self._start: dict[str, float] = {}
         self._measured: int | None = None
@@ -99,15 +103,18 @@ class GeneralAbilityCallback(TrainerCallback):
         callbacks = trainer.callback_handler.callbacks
         if self not in callbacks:
             trainer.add_callback(self)
-        # Reporters close at the end of training, before the callbacks of the user.
+        # At the end of training reporters close before the callbacks of the user are called.
         callbacks.insert(0, _AtTheEnd(self))
 
     def measure(self, model: Any, tokenizer: Any) -> dict[str, float]:
-        """Values of a model by their names in the log, without changes; every process must call this.
+        """Measure a model; every process must call this.
 
         Args:
             model: The model.
             tokenizer: Its tokenizer.
+
+        Returns:
+            Values by their names in the log, without changes.
 
         Raises:
             TokenizerError: If there is no tokenizer.
@@ -117,121 +124,121 @@ class GeneralAbilityCallback(TrainerCallback):
                 "Measuring general ability needs a tokenizer.",
                 where="processing_class",
                 expected="the tokenizer of the model",
-                found=repr(tokenizer) if tokenizer is None else type(tokenizer).__name__,
+                found=type(tokenizer).__name__,
                 fix="Pass processing_class=tokenizer to the trainer.",
             )
         ranks = _compat.ranks_here()
         values = {}
         if self._texts:
-            length = self._limits["max_length"]
+            length = self._sizes["max_length"]
             values[f"{PREFIX}loss"] = general_loss(model, tokenizer, self._texts, max_length=length, ranks=ranks)
-        for name, task in self._tasks.items():
-            if isinstance(task, HarnessTask):
-                score = harness_accuracy(model, tokenizer, task, ranks=ranks, **self._limits)
-            else:
-                rule = self._normalization[name]
-                score = choice_accuracy(model, tokenizer, task, normalization=rule, ranks=ranks, **self._limits)
-            values |= {f"{PREFIX}{name}": score.accuracy, f"{PREFIX}{name}{ERROR}": score.standard_error}
+        for name, scorer in self._scorers.items():
+            score = scorer(model, tokenizer, **self._sizes, ranks=ranks)
+            values[f"{PREFIX}{name}"] = score.accuracy
+            values[f"{PREFIX}{name}{ERROR}"] = score.standard_error
         return values
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Measure the untouched model; a resumed run takes what was measured then."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the untouched model; a resumed run reads its values from the log."""
+        # A trainer may train twice, and the second training has its own start.
         self._start, self._measured, self._ended = {}, None, False
         if state.global_step == 0:
             self._start = self._log(args, state, **kwargs)
             return
-        self._start = _first_values(state.log_history)
+        # Logs of the start have step 0; one of another callback has none of our values.
+        for entry in state.log_history:
+            if entry.get("step") == 0 and not self._start:
+                self._start = {name: value for name, value in entry.items() if name.startswith(PREFIX)}
         if not self._start:
             what = "The checkpoint has no general ability from before training: %s values are logged without a change."
             logger.warning(what, PREFIX)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure, once for all evaluation sets of a step."""
         if self._measured != state.global_step:
             self._log(args, state, **kwargs)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Measure the trained model, unless the last evaluation did; the best checkpoint may be loaded by now."""
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the trained model, unless the last evaluation did."""
+        # A bound callback is called twice: by `_AtTheEnd` and by the trainer. The weights are not those of the last
+        # evaluation if the best checkpoint has been loaded.
         if not self._ended and (self._measured != state.global_step or args.load_best_model_at_end):
             self._log(args, state, **kwargs)
         self._ended = True
 
-    def _log(
-        self, args: TrainingArguments, state: TrainerState, model: Any, processing_class: Any, **_: Any
-    ) -> dict[str, float]:
+    def _log(self, args: Any, state: Any, model: Any, processing_class: Any, **_: Any) -> dict[str, float]:
         found = self.measure(model, processing_class)
         self._measured = state.global_step
-        changes = {
-            name + CHANGE: value - self._start[name]
-            for name, value in found.items()
-            if name in self._start and not name.endswith(ERROR)
-        }
+        logs = dict(found)
+        for name, value in self._start.items():
+            # The callback of a resumed run may have other tasks. The change of a standard error says nothing.
+            if name in found and not name.endswith(ERROR):
+                logs[name + CHANGE] = found[name] - value
         if self._trainer is not None:
-            self._trainer.log({**found, **changes})
+            self._trainer.log(logs)
             return found
         if args.report_to and state.global_step == 0:
             logger.warning("General ability is in the log history alone; bind the callback for reporters to see it.")
-        epoch = {} if state.epoch is None else {"epoch": state.epoch}
-        state.log_history.append({**found, **changes, **epoch, "step": state.global_step})
+        if state.epoch is not None:
+            logs["epoch"] = state.epoch
+        state.log_history.append({**logs, "step": state.global_step})
         return found
 
 
 class _AtTheEnd(TrainerCallback):
-    """Stands before the reporters, and has the last values logged while they listen."""
+    """Has the last values logged before the reporters close."""
 
     def __init__(self, ability: GeneralAbilityCallback) -> None:
         self._ability = ability
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._ability.on_train_end(args, state, control, **kwargs)
 
 
 def _named(tasks: Mapping[str, Source] | Iterable[str | Path]) -> dict[str, Source]:
-    """Tasks by name; a file gives the beginning of its own."""
+    """Return tasks by name; a file is called by its name up to the first point."""
     if isinstance(tasks, Mapping):
         named = dict(tasks)
     else:
-        expected = "a mapping of names to sources, or a list of files and names"
+        # A string is an iterable too, of its letters.
+        expected = "a mapping of names to sources, or a list of sources"
         require(not isinstance(tasks, (str, Path)), "tasks", expected, tasks)
-        pairs = [(Path(str(source).removeprefix(LM_EVAL)).name.split(".")[0], source) for source in tasks]
-        named = dict(pairs)
-        require(len(named) == len(pairs), "tasks", "each name once", [name for name, _ in pairs])
+        sources = list(tasks)
+        names = [Path(str(source).removeprefix(LM_EVAL)).name.split(".")[0] for source in sources]
+        named = dict(zip(names, sources, strict=True))
+        require(len(named) == len(names), "tasks", "each name once", names)
     require(not set(named) & {"loss", ""}, "tasks", "names other than 'loss'", list(named))
     return named
 
 
-def _loaded(
+def _scorers(
     named: Mapping[str, Source], rules: Mapping[str, ChoiceNormalization], limit: int | None, path: Any
-) -> dict[str, list[Question] | HarnessTask]:
-    """Tasks in the order of their names; those of lm-eval are loaded together."""
-    theirs = {name: str(source) for name, source in named.items() if is_harness(source)}
+) -> dict[str, Scorer]:
+    """Return the scorer of each task, in the order of the tasks."""
+    theirs = {name: source for name, source in named.items() if isinstance(source, str) and source.startswith(LM_EVAL)}
     require(path is None or bool(theirs), "lm_eval_path", f"a task that begins with {LM_EVAL}, or None", path)
-    found = load_tasks(theirs, {name: rules[name] for name in theirs}, limit, path) if theirs else {}
-    return {name: found[name] if name in found else _questions(source, limit) for name, source in named.items()}
+    # All at once: lm-eval takes seconds for the index of its tasks.
+    loaded = load_tasks(theirs, rules, limit, path) if theirs else {}
+    scorers: dict[str, Scorer] = {}
+    for name, source in named.items():
+        if name in loaded:
+            scorers[name] = loaded[name].score
+        else:
+            questions = _questions(source, limit)
+            scorers[name] = partial(choice_accuracy, questions=questions, normalization=rules[name])
+    return scorers
 
 
 def _questions(source: Source, limit: int | None) -> list[Question]:
     if isinstance(source, (str, Path)):
         return read_questions(source, limit)
-    questions = spread(list(source), limit)
+    questions = list(source)
     if not questions or not all(isinstance(question, Question) for question in questions):
         raise QuestionError(
-            "A task is no list of questions.", where="tasks", expected="Question(...)", found=questions[:1]
+            "A task is not a list of questions.",
+            where="tasks",
+            expected="Question(...)",
+            found=questions[:1],
+            fix="Give a list of gere.evaluation.Question, or a .jsonl file.",
         )
-    return questions
-
-
-def _first_values(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What was logged before the first step."""
-    for entry in log_history:
-        if entry.get("step") == 0 and any(name.startswith(PREFIX) for name in entry):
-            return {name: value for name, value in entry.items() if name.startswith(PREFIX)}
-    return {}
+    return spread(questions, limit)

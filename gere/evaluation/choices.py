@@ -5,16 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from gere.config import require
 from gere.errors import QuestionError, TokenizerError
-from gere.evaluation.general import evaluating
+from gere.evaluation.general import row_values
 from gere.evaluation.questions import Question
 from gere.model.batching import pad_rows
 from gere.ranks import ALONE, Ranks
@@ -37,20 +36,15 @@ class ChoiceScore(NamedTuple):
     standard_error: float
     rows: int
 
-
-def score_of(right: float, rows: int) -> ChoiceScore:
-    """Score of so many right answers."""
-    share = right / rows
-    return ChoiceScore(share, math.sqrt(share * (1 - share) / rows), rows)
+    @classmethod
+    def of(cls, right: float, rows: int) -> ChoiceScore:
+        """Return the score of so many right answers."""
+        share = right / rows
+        return cls(share, math.sqrt(share * (1 - share) / rows), rows)
 
 
 class Row(NamedTuple):
-    """Token ids of a context with one of its options.
-
-    Attributes:
-        ids: Token ids.
-        start: Index of the first token of the option, at least 1.
-    """
+    """Token ids of a context with one of its options, which begins at index `start`, at least 1."""
 
     ids: list[int]
     start: int
@@ -66,23 +60,24 @@ def choice_accuracy(
     max_length: int = 1024,
     ranks: Ranks = ALONE,
 ) -> ChoiceScore:
-    """Share of questions for which the right option is the likeliest.
+    """Compute the share of questions for which the right option is the likeliest.
 
     Args:
         model: A causal language model; its mode is restored.
         tokenizer: Its tokenizer; unchanged.
         questions: The questions.
-        normalization: What the log-likelihood of an option is divided by: its characters without the space before it
-            (`acc_norm` of lm-evaluation-harness), its tokens, or nothing.
+        normalization: Divisor of the log-likelihood of an option: its characters without the space before it
+            (`acc_norm` of lm-evaluation-harness), its tokens, or nothing (`acc`).
         batch_size: Options of one forward pass.
         max_length: Tokens of context and option that are read; a longer context loses its beginning.
         ranks: The processes that share the work; each must call this and gets the same result.
 
     Returns:
-        Accuracy with its standard error. Of options that score the same the first counts; where a score is NaN, the
+        Accuracy with its standard error. Of options that score the same the first counts. Where a score is NaN, the
         question counts as wrong.
 
     Raises:
+        ConfigError: If an argument cannot be used.
         QuestionError: If there is no question.
         TokenizerError: If a context is empty and the tokenizer has neither BOS nor EOS.
     """
@@ -95,11 +90,8 @@ def choice_accuracy(
         max_length=max_length,
         ranks=ranks,
     )
-    right = sum(
-        not any(map(math.isnan, row)) and row.index(max(row)) == question.answer
-        for row, question in zip(scores, questions, strict=True)
-    )
-    return score_of(right, len(questions))
+    right = sum(_is_right(row, question.answer) for row, question in zip(scores, questions, strict=True))
+    return ChoiceScore.of(right, len(questions))
 
 
 def option_scores(
@@ -112,28 +104,22 @@ def option_scores(
     max_length: int = 1024,
     ranks: Ranks = ALONE,
 ) -> list[list[float]]:
-    """Normalised log-likelihood of each option of each question, in nats; arguments as in `choice_accuracy`."""
+    """Compute the normalised log-likelihood of each option, in nats; arguments and errors as `choice_accuracy`."""
     require_normalization(normalization)
     require_sizes(batch_size, max_length)
     if not questions:
         raise QuestionError("There are no questions.", where="questions", expected="at least one", found="none")
     rows = encode(tokenizer, questions, max_length)
-    # The longest first, so that a batch that does not fit is known at once.
+    # The longest first: if a batch does not fit into memory, it is the first one.
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-    def measure() -> dict[int, float]:
-        found: dict[int, float] = {}
-        for batch in ranks.share(batches):
-            found.update(zip(batch, log_likelihoods(model, [rows[row] for row in batch]), strict=True))
-        return found
-
-    with evaluating(model):
-        found = {row: value for part in ranks.ask(measure) for row, value in part.items()}
-    values = iter(
-        found[row] / _length(rows[row], option, normalization) for row, option in enumerate(_options(questions))
-    )
-    return [[next(values) for _ in question.options] for question in questions]
+    found = zip(rows, row_values(log_likelihoods, model, rows, batches, ranks), strict=True)
+    scores = []
+    for question in questions:
+        # Options first: at their end `zip` must not have taken the row of the next question.
+        own = zip(question.options, found, strict=False)
+        scores.append([value / _length(row, option, normalization) for option, (row, value) in own])
+    return scores
 
 
 def require_normalization(rule: object) -> None:
@@ -149,42 +135,58 @@ def require_sizes(batch_size: object, max_length: object) -> None:
 
 
 def encode(tokenizer: Any, questions: Sequence[Question], max_length: int) -> list[Row]:
-    """Tokenise each context together with each of its options.
+    """Tokenise each context together with each of its options, question by question.
 
     A space stands between them unless one is there. The option begins at the first token that the context alone does
-    not have, so that a token that spans the border belongs to the option.
-
-    Args:
-        tokenizer: The tokenizer, with its own rule for BOS.
-        questions: The questions.
-        max_length: Tokens that are kept, the last ones; the first one of them is never of the option.
-
-    Returns:
-        Rows of all options of the first question, then of the second.
+    not have: a token that spans the border belongs to the option. The last `max_length` tokens are kept.
     """
     private = private_copy(tokenizer)
-    contexts = [context for question in questions for context in question.contexts]
-    texts = [_text(*pair) for pair in zip(contexts, _options(questions), strict=True)]
-    once = list(dict.fromkeys(contexts))
+    contexts, texts = [], []
+    for question in questions:
+        for context, option in zip(question.contexts, question.options, strict=True):
+            contexts.append(context)
+            texts.append(_joined(context, option))
+    once = list(dict.fromkeys(contexts))  # the options of a question share its context
     alone = dict(zip(once, private(once, verbose=False)["input_ids"], strict=True))
-    rows = []
-    for context, whole in zip(contexts, private(texts, verbose=False)["input_ids"], strict=True):
-        ids, begin = list(whole), alone[context]
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, begin, strict=False)))
-        if shared == 0:
-            ids, shared = [_first_token(tokenizer), *ids], 1
-        cut = max(0, len(ids) - max_length)
-        rows.append(Row(ids[cut:], min(max(1, shared - cut), len(ids) - cut - 1)))
-    return rows
+    together = private(texts, verbose=False)["input_ids"]
+    return [_row(tokenizer, alone[context], ids, max_length) for context, ids in zip(contexts, together, strict=True)]
 
 
-def _text(context: str, option: str) -> str:
-    spaced = option[:1].isspace() or context[-1:].isspace() or not context
-    return context + option if spaced else f"{context} {option}"
+def _joined(context: str, option: str) -> str:
+    if not context or context[-1].isspace() or option[:1].isspace():
+        return context + option
+    return f"{context} {option}"
 
 
-def _options(questions: Sequence[Question]) -> list[str]:
-    return [option for question in questions for option in question.options]
+def _row(tokenizer: Any, context: Sequence[int], ids: Sequence[int], max_length: int) -> Row:
+    ids = list(ids)
+    start = 0
+    while start < min(len(ids), len(context)) and ids[start] == context[start]:
+        start += 1
+    if start == 0:
+        # The model predicts a token from the one before it, so the option needs one.
+        ids, start = [_first_token(tokenizer), *ids], 1
+    cut = max(0, len(ids) - max_length)
+    # One token stays on each side of the border, however long the option is, and if it has no token of its own.
+    return Row(ids[cut:], min(max(1, start - cut), len(ids) - cut - 1))
+
+
+def _first_token(tokenizer: Any) -> int:
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise TokenizerError(
+        "A question has no context, and there is no token that its options could follow.",
+        where="tokenizer",
+        expected="a bos_token or an eos_token",
+        found="neither",
+        fix="Give the question a context, or set tokenizer.bos_token.",
+    )
+
+
+def _is_right(scores: Sequence[float], answer: int) -> bool:
+    # `max` of values with NaN depends on their order.
+    return not any(map(math.isnan, scores)) and scores.index(max(scores)) == answer
 
 
 def _length(row: Row, option: str, normalization: ChoiceNormalization) -> int:
@@ -192,51 +194,32 @@ def _length(row: Row, option: str, normalization: ChoiceNormalization) -> int:
     return lengths[normalization]
 
 
-def _first_token(tokenizer: Any) -> int:
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if first is None:
-        raise TokenizerError(
-            "A question has no context, and there is no token that its options could come after.",
-            where="tokenizer",
-            expected="a bos_token or an eos_token",
-            found="neither",
-            fix="Give the question a context, or set tokenizer.bos_token.",
-        )
-    return int(first)
-
-
 def log_likelihoods(model: nn.Module, rows: Sequence[Row]) -> list[float]:
-    """Log-likelihood of the option in each row of a batch, summed in float64 over float32 values of its tokens.
+    """Return the log-likelihood of the option in each row of a batch, in nats.
 
-    Args:
-        model: A causal language model, in evaluation mode and without gradients.
-        rows: The rows.
-
-    Returns:
-        Nats, one for each row.
+    The model is in evaluation mode and without gradients. Sums are in float64 over float32 values of the tokens.
     """
     device = next(model.parameters()).device
     batch = {name: values.to(device) for name, values in pad_rows([row.ids for row in rows], 0).items()}
     width = batch["input_ids"].shape[1]
-    needed = width - min(row.start for row in rows) + 1
-    keep = {"logits_to_keep": needed} if _keeps_logits(model) else {}
+    keep = {}
+    if _keeps_logits(model):
+        # Most logits are those of the contexts, which no option needs.
+        keep["logits_to_keep"] = width - min(row.start for row in rows) + 1
     logits = model(**batch, use_cache=False, **keep).logits
     where = torch.tensor([(i, t) for i, row in enumerate(rows) for t in range(row.start, len(row.ids))], device=device)
     targets = batch["input_ids"][where[:, 0], where[:, 1]]
     where[:, 1] += logits.shape[1] - width - 1  # the logits of a token stand one place before it
-    losses = torch.cat(
-        [_losses(logits, *chunk) for chunk in zip(where.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)]
-    )
-    parts = losses.cpu().double().split([len(row.ids) - row.start for row in rows])
+    losses = []
+    # A chunk at a time: float32 values of all tokens over the vocabulary take too much memory.
+    for places, ids in zip(where.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
+        losses.append(F.cross_entropy(logits[places[:, 0], places[:, 1]].float(), ids, reduction="none"))
+    parts = torch.cat(losses).cpu().double().split([len(row.ids) - row.start for row in rows])
     return [-float(part.sum()) for part in parts]
 
 
-def _losses(logits: Tensor, where: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of some tokens, so that few of them need all of the vocabulary in float32 at one time."""
-    return F.cross_entropy(logits[where[:, 0], where[:, 1]].float(), targets, reduction="none")
-
-
 def _keeps_logits(model: Any) -> bool:
-    """Whether the model can leave out the logits of the context, which are most of them."""
+    """Tell whether the model can leave out the logits of the first tokens."""
+    # PEFT's own `forward` takes any argument by **kwargs.
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -1,85 +1,141 @@
-"""Tasks of lm-evaluation-harness for those who have its package `lm-eval`: found by their names."""
+"""Tasks of lm-evaluation-harness (package `lm-eval`) on the model in training: its rows, its prompts, its score."""
 
 from __future__ import annotations
 
-import importlib
+import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from gere.config import require
 from gere.errors import ConfigError, MissingPackageError, QuestionError
-from gere.evaluation.choices import ChoiceNormalization
+from gere.evaluation.choices import ChoiceNormalization, ChoiceScore, require_sizes
 from gere.evaluation.questions import spread
+from gere.model.forward import evaluating
+from gere.model.sharded import is_sharded
+from gere.ranks import ALONE, Ranks
+from gere.replay.rows import private_copy
 
 PREFIX = "lm-eval:"
-SCORES = {"characters": "acc_norm", "none": "acc"}
+METRICS = {"characters": "acc_norm", "none": "acc"}
+FEWSHOT_SEED = 1234  # lm-eval's default
 
 
-class HarnessTask(NamedTuple):
-    """A task of lm-eval, or a group of them such as `mmlu`, whose rows all count the same.
+class LmEvalTask(NamedTuple):
+    """A task of lm-eval, or a group such as `mmlu`, whose rows all count the same."""
 
-    Attributes:
-        parts: lm-eval's tasks by their names.
-        rows: Part and number of each row that is measured.
-        score: What lm-eval calls the accuracy that is taken, `"acc"` or `"acc_norm"`.
+    parts: Mapping[str, Any]  # lm-eval's tasks by name
+    rows: list[tuple[str, int]]  # part and index
+    metric: str  # "acc" or "acc_norm"
+
+    def score(
+        self, model: nn.Module, tokenizer: Any, *, batch_size: int = 16, max_length: int = 1024, ranks: Ranks = ALONE
+    ) -> ChoiceScore:
+        """Compute the share of rows that lm-eval counts as right; arguments as in `choice_accuracy`."""
+        require_sizes(batch_size, max_length)
+        # Processes that share weights must call the model equally often, and lm-eval chooses its batches: equal rows
+        # alone make equal calls.
+        rows = self.rows if is_sharded(model) else ranks.share(self.rows)
+
+        def own() -> dict[tuple[str, int], float]:
+            from lm_eval.models.huggingface import HFLM
+
+            # `max_length` of lm-eval does not count the last token of a row, which the model does not read.
+            settings = {"batch_size": batch_size, "max_length": max_length - 1, "softmax_dtype": "float32"}
+            lm = HFLM(pretrained=_Lent(model), backend="causal", tokenizer=private_copy(tokenizer), **settings)
+            return self._right(lm, rows)
+
+        right: dict[tuple[str, int], float] = {}
+        with evaluating(model), _random_states_kept():
+            for part in ranks.ask(own):
+                right |= part
+        return ChoiceScore.of(sum(right[row] for row in self.rows), len(self.rows))
+
+    def _right(self, lm: Any, rows: list[tuple[str, int]]) -> dict[tuple[str, int], float]:
+        """Return 1 for each row that is right, 0 for the others."""
+        import lm_eval
+
+        numbers: dict[str, list[int]] = {}
+        for name, row in sorted(set(rows)):  # the last row may be there several times, to make equal shares
+            numbers.setdefault(name, []).append(row)
+        parts = {name: self.parts[name] for name in numbers}
+        for part in parts.values():
+            part.set_fewshot_seed(FEWSHOT_SEED)  # draws the same examples in each call
+        # `simple_evaluate` returns results on one process alone, and seeds the whole program.
+        settings = {"samples": numbers, "log_samples": True, "bootstrap_iters": 0}
+        found = lm_eval.evaluate(lm=lm, task_dict={"tasks": parts}, **settings)
+        right: dict[tuple[str, int], float] = {}
+        for name, samples in found["samples"].items():
+            for sample in samples:
+                value = float(sample[self.metric])
+                for answer in sample["filtered_resps"]:
+                    # lm-eval takes an option that scores NaN for the best one.
+                    if isinstance(answer, tuple) and math.isnan(answer[0]):
+                        value = 0.0
+                # A task with several filters gives a row several times: the first counts.
+                right.setdefault((name, sample["doc_id"]), value)
+        return right
+
+
+class _Lent:
+    """Hides from lm-eval that a model is an `nn.Module`.
+
+    lm-eval would tie its weights, which replaces a head that is trained apart from the embeddings.
     """
 
-    parts: Mapping[str, Any]
-    rows: Sequence[tuple[str, int]]
-    score: str
+    def __init__(self, model: Any) -> None:
+        self._model = model
 
+    def __call__(self, ids: Tensor) -> Any:
+        return self._model(ids, use_cache=False)
 
-def is_harness(source: object) -> bool:
-    """Whether a source of questions is a task of lm-eval."""
-    return isinstance(source, str) and source.startswith(PREFIX)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def load_tasks(
-    sources: Mapping[str, str],
-    rules: Mapping[str, ChoiceNormalization],
-    limit: int | None = None,
-    path: Any = None,
-) -> dict[str, HarnessTask]:
-    """Find tasks and load their rows, which lm-eval takes from the hub unless a task says otherwise.
+    sources: Mapping[str, str], rules: Mapping[str, ChoiceNormalization], limit: int | None = None, path: Any = None
+) -> dict[str, LmEvalTask]:
+    """Load tasks by name, with their rows.
 
-    Args:
-        sources: For each name, `lm-eval:` with a task, a group or the YAML file of a task behind it.
-        rules: What a log-likelihood is divided by: `"characters"` (`acc_norm`) or `"none"` (`acc`).
-        limit: Rows of each, evenly spread over all rows of a group.
-        path: A folder of YAML files of tasks, several, or a `TaskManager`.
-
-    Raises:
-        MissingPackageError: If lm-eval or a package that it needs is not installed.
-        QuestionError: If a task is not there or cannot be loaded, or has no accuracy of each row.
-        ConfigError: If a task does not have the accuracy that `rules` asks for.
+    Sources, rules (its `normalization`), limit, path and errors are those of `GeneralAbilityCallback`.
     """
+    try:
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
+    except ImportError as error:
+        raise MissingPackageError(
+            "A task of lm-eval is named, and the package cannot be imported.",
+            where="tasks",
+            expected="package lm-eval, 0.4.13 or later",
+            found=error,
+            fix='pip install "gere[lm-eval]", or give a .jsonl file of questions.',
+        ) from error
     specs = {name: source.removeprefix(PREFIX) for name, source in sources.items()}
-    for name, rule in rules.items():
-        require(rule in SCORES, f"normalization of {name}", "of a task of lm-eval 'characters' or 'none'", rule)
-    with same_luck():
-        manager = path if hasattr(path, "load") else _manager(list(specs.values()), path)
-        return {name: _task(manager, name, spec, rules[name], limit) for name, spec in specs.items()}
+    with _random_states_kept():  # a task may shuffle its rows
+        if not hasattr(path, "load"):  # not a `TaskManager`
+            folders = [path] if isinstance(path, (str, Path)) else path
+            for folder in folders or []:
+                require(Path(folder).is_dir(), "lm_eval_path", "a folder, several, or a TaskManager", folder)
+            # The index of lm-eval's own tasks takes seconds, and files do without it.
+            named = not all(Path(spec).is_file() for spec in specs.values())
+            path = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=named)
+        return {name: _load(path, name, spec, rules[name], limit) for name, spec in specs.items()}
 
 
-def _manager(specs: Sequence[str], path: Any) -> Any:
-    """lm-eval's index of tasks; that of its own ones takes seconds, and files do without it."""
-    folders = [path] if isinstance(path, (str, Path)) else list(path or [])
-    for folder in folders:
-        require(Path(folder).is_dir(), "lm_eval_path", "a folder, several, or a TaskManager", folder)
-    named = not all(Path(spec).is_file() for spec in specs)
-    return module("lm_eval.tasks").TaskManager(include_path=folders or None, include_defaults=named)
-
-
-def _task(manager: Any, name: str, spec: str, rule: str, limit: int | None) -> HarnessTask:
+def _load(manager: Any, name: str, spec: str, rule: str, limit: int | None) -> LmEvalTask:
+    require(rule in METRICS, f"normalization of {name}", "'characters' or 'none'", rule)
     try:
         parts = manager.load([spec])["tasks"]
         rows = [(part, row) for part, task in parts.items() for row in range(len(task.eval_docs))]
+        if not rows:
+            raise ValueError("no questions")
     except Exception as error:
         raise QuestionError(
             "A task of lm-eval cannot be loaded.",
@@ -88,61 +144,34 @@ def _task(manager: Any, name: str, spec: str, rule: str, limit: int | None) -> H
             found=f"{type(error).__name__}: {error}"[:500],
             fix="Correct the name. Without a network, give a YAML file whose rows are on this machine.",
         ) from error
-    if not rows:
-        raise QuestionError("There are no questions.", where=PREFIX + spec, expected="at least one", found="none")
-    scores = [_scores(task) for task in parts.values()]
-    known = [score for score in SCORES.values() if all(score in found for found in scores)]
-    if not known:
-        raise QuestionError(
-            "A task of lm-eval has no accuracy that is a mean over its rows.",
-            where=PREFIX + spec,
-            expected=" or ".join(SCORES.values()),
-            found=", ".join(sorted({score for task in parts.values() for score in task.aggregation()})) or "none",
-            fix="Choose another task.",
-        )
-    if SCORES[rule] not in known:
-        other = next(rule for rule, score in SCORES.items() if score in known)
+    # Rows can be counted only where the accuracy of each part is the mean over its rows.
+    means: dict[str, int] = {}
+    for task in parts.values():
+        for metric, aggregate in task.aggregation().items():
+            is_mean = getattr(aggregate, "__name__", "") == "mean"
+            means[metric] = means.get(metric, 0) + is_mean
+    usable = [other for other, metric in METRICS.items() if means.get(metric) == len(parts)]
+    if rule not in usable:
+        fix = "Choose another task."
+        if usable:
+            fix = f"Set normalization={{{name!r}: {usable[0]!r}}}."
         raise ConfigError(
-            "A task of lm-eval does not have the accuracy that is asked for.",
+            "A task of lm-eval does not have the accuracy that its normalization asks for.",
             where=PREFIX + spec,
-            expected=f"{SCORES[rule]}, for normalization={rule!r}",
-            found=", ".join(known),
-            fix=f"normalization={{{name!r}: {other!r}}}",
+            expected=f"{METRICS[rule]}, a mean over rows, for normalization={rule!r}",
+            found=", ".join(sorted(means)) or "none",
+            fix=fix,
         )
-    return HarnessTask(parts, spread(rows, limit), SCORES[rule])
-
-
-def _scores(task: Any) -> set[str]:
-    """Names of the scores of a task that are means over its rows."""
-    return {name for name, of in task.aggregation().items() if getattr(of, "__name__", "") == "mean"}
-
-
-def module(name: str) -> Any:
-    """A module of lm-eval.
-
-    Raises:
-        MissingPackageError: If lm-eval or a package that it needs is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingPackageError(
-            "A task of lm-eval is named, and the package cannot be imported.",
-            where="tasks",
-            expected="package lm-eval, 0.4.13 or later",
-            found=error,
-            fix='pip install "gere[lm-eval]", or name a task without lm-eval: before it.',
-        ) from error
+    return LmEvalTask(parts, spread(rows, limit), METRICS[rule])
 
 
 @contextmanager
-def same_luck(device: torch.device | None = None) -> Iterator[None]:
-    """Put the random states of Python, NumPy and torch back."""
-    states = random.getstate(), np.random.get_state()
-    devices = [device] if device is not None and device.type == "cuda" else []
+def _random_states_kept() -> Iterator[None]:
+    # Tasks draw from the global generators, as the training does.
+    python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=[]):  # in evaluation mode a model draws nothing on its device
             yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        random.setstate(python)
+        np.random.set_state(numpy)

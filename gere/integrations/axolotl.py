@@ -1,4 +1,4 @@
-"""Axolotl with replay: a plugin that gives its trainer replay, set by the section `gere` of its config."""
+"""Axolotl with replay: a plugin that wraps its trainer, set by the section `gere` of its config."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ else:
     _missing = None
 
 SECTION = "gere"
-# Axolotl counts the steps of a run by the task rows alone and packs them by a batch sampler of its own, so that no
-# task row can make room for a replay row.
+# Axolotl counts the steps of a run by the task rows alone, and packs them by its own batch sampler. No task row can
+# make room for a replay row.
 DEFAULTS = {"replay_mode": "add"}
 # Kinds of training whose batches are no rows of tokens and labels.
 REFUSED = ("rl", "reward_model", "process_reward_model")
 
 
 class GeReArgs(BaseModel):
-    """What the plugin adds to the schema of Axolotl's config.
+    """Schema of the section `gere`, which Axolotl adds to that of its config.
 
     Attributes:
         gere: The arguments of `GeReTrainer` and the fields of `GeReConfig`.
@@ -77,36 +77,22 @@ class GeRePlugin(BasePlugin):
         return f"{GeReArgs.__module__}.{GeReArgs.__qualname__}"
 
     def get_trainer_cls(self, cfg: Mapping[str, Any]) -> type[Trainer] | None:
-        """The trainer class with replay, its settings bound; `None` for a config that does not name the plugin.
-
-        Args:
-            cfg: The checked config.
-
-        Raises:
-            ConfigError: As `register`.
-        """
-        return _bound(self._parent(cfg), self._replay_kwargs(cfg)) if self._named_in(cfg) else None
+        """Return the trainer class with replay, its settings bound; `None` for a config without this plugin."""
+        if not self._named_in(cfg):
+            return None
+        return _bound(self._parent(cfg), self._replay_kwargs(cfg))
 
     def add_callbacks_post_trainer(self, cfg: Mapping[str, Any], trainer: Trainer) -> list[TrainerCallback]:
-        """No callbacks; makes sure that the trainer is one with replay.
-
-        Args:
-            cfg: The checked config.
-            trainer: The trainer that Axolotl made.
-
-        Raises:
-            UnsupportedSettingError: If another plugin gave a trainer without replay.
-        """
-        if not self._named_in(cfg):
-            return []
+        """Add no callbacks, but refuse a trainer without replay from another plugin."""
         from gere.trainer import GeReMixin
 
-        if not isinstance(trainer, GeReMixin):
+        # Axolotl takes the trainer of the first plugin that has one. This is the first time that we see which.
+        if self._named_in(cfg) and not isinstance(trainer, GeReMixin):
             raise UnsupportedSettingError(
                 "Another plugin chose the trainer class, so that there would be no replay.",
                 where="plugins",
                 expected=f"{self._name} before every plugin that brings a trainer",
-                found=f"{type(trainer).__name__}",
+                found=type(trainer).__name__,
                 fix="Put it first: it wraps the trainer of the others.",
             )
         return []
@@ -116,7 +102,7 @@ class GeRePlugin(BasePlugin):
         return f"{type(self).__module__}.{type(self).__qualname__}"
 
     def _named_in(self, cfg: Mapping[str, Any]) -> bool:
-        """Axolotl keeps plugins of earlier configs of the same process, and asks them too."""
+        # Axolotl keeps plugins of earlier configs of the same process, and asks them, too.
         return self._name in (cfg.get("plugins") or ())
 
     def _replay_kwargs(self, cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,37 +115,47 @@ class GeRePlugin(BasePlugin):
                 found=f"no key {SECTION}",
                 fix=f"Add the section; `{SECTION}: {{}}` takes every default. Without replay, take out the plugin.",
             )
-        found = {name: cfg.get(name) for name in REFUSED if cfg.get(name)}
-        if found or cfg.get("model_config_type") == "mamba":
-            raise UnsupportedSettingError(
-                "Axolotl would train with a class that cannot replay.",
-                where=", ".join(found) or "model_config_type",
-                expected="supervised fine-tuning or pretraining of a causal language model",
-                found=", ".join(map(repr, found.values())) or "'mamba'",
-                fix="Take the setting out; or take out the plugin for training without replay.",
-            )
-        settings = {**DEFAULTS, **section} if isinstance(section, Mapping) else section
-        return kwargs_of_section(settings, f"section {SECTION} of the Axolotl config")
+        refused = {name: cfg.get(name) for name in REFUSED}
+        if cfg.get("model_config_type") == "mamba":
+            refused["model_config_type"] = "mamba"
+        for name, value in refused.items():
+            if value:
+                raise UnsupportedSettingError(
+                    "Axolotl would train with a class that cannot replay.",
+                    where=name,
+                    expected="supervised fine-tuning or pretraining of a causal language model",
+                    found=repr(value),
+                    fix="Take the setting out; or take out the plugin for training without replay.",
+                )
+        # Anything but settings by name is refused by `kwargs_of_section`.
+        if isinstance(section, Mapping):
+            section = {**DEFAULTS, **section}
+        return kwargs_of_section(section, f"section {SECTION} of the Axolotl config")
 
     def _parent(self, cfg: Mapping[str, Any]) -> type[Trainer]:
-        """The trainer class that Axolotl would take without this plugin."""
-        from axolotl.core.trainers.base import AxolotlTrainer  # heavy, and Axolotl loads plugins before it
+        """Return the trainer class that Axolotl would take without this plugin."""
+        for plugin in PluginManager.get_instance().plugins.values():
+            # Asking ourselves would never end.
+            if not isinstance(plugin, GeRePlugin):
+                chosen = plugin.get_trainer_cls(cfg)
+                if chosen is not None:
+                    return chosen
+        # Heavy, and Axolotl loads plugins before it.
+        from axolotl.core.trainers.base import AxolotlTrainer
         from axolotl.utils.import_helper import get_cls_from_module_str
 
-        for plugin in PluginManager.get_instance().plugins.values():
-            chosen = None if isinstance(plugin, GeRePlugin) else plugin.get_trainer_cls(cfg)
-            if chosen is not None:
-                return chosen
-        named = cfg.get("trainer_cls")
-        return get_cls_from_module_str(named) if named else AxolotlTrainer
+        if cfg.get("trainer_cls"):
+            return get_cls_from_module_str(cfg.get("trainer_cls"))
+        return AxolotlTrainer
 
 
 def _bound(parent: type[Trainer], kwargs: Mapping[str, Any]) -> type[Trainer]:
-    """A class, since Axolotl asks for its bases, whose replay arguments are set."""
+    """Make a trainer class with replay whose arguments are set."""
     from gere.trainer import gere_trainer
 
     replaying: Any = gere_trainer(parent)
 
+    # A class and no `functools.partial`, since Axolotl asks for its bases.
     class Replaying(replaying):
         def __init__(self, *args: Any, **given: Any) -> None:
             super().__init__(*args, **{**kwargs, **given})

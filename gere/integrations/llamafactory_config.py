@@ -1,16 +1,16 @@
-"""LLaMA-Factory's config with a section for replay: read, checked, and taken apart."""
+"""LLaMA-Factory's config with a section for replay: read, checked, and split."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gere.config import kwargs_of_section
 from gere.errors import ConfigError, GeReError, UnsupportedSettingError
-from gere.integrations.torchrun import enabled
 
 SECTION = "gere"
 # Where each stage looks up its trainer class when it runs.
@@ -21,22 +21,18 @@ STAGES = {
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a config file by the rules of LLaMA-Factory.
-
-    Args:
-        path: A `.yaml`, `.yml` or `.json` file.
-        overrides: `key=value` for settings to replace or add; a dot leads into a section.
-
-    Raises:
-        ConfigError: If there is no such file, or it holds no settings.
-        GeReError: If LLaMA-Factory's config reader is not installed.
-    """
-    if not path.is_file() or path.suffix not in {".yaml", ".yml", ".json"}:
-        raise _unreadable(path, "another kind of file" if path.is_file() else "no file")
+    """Read a config file by the rules of LLaMA-Factory; `overrides` are `key=value`, a dot leads into a section."""
+    if not path.is_file():
+        raise _unreadable(path, "no file")
+    if path.suffix not in {".yaml", ".yml", ".json"}:
+        raise _unreadable(path, "another kind of file")
+    # LLaMA-Factory reads by OmegaConf, which knows numbers such as 1e-4 that PyYAML takes for text.
     reader = needed("omegaconf").OmegaConf
     try:
-        text = path.read_text(encoding="utf-8")
-        loaded = reader.create(json.loads(text) if path.suffix == ".json" else text)
+        content: Any = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            content = json.loads(content)
+        loaded = reader.create(content)
     except (ValueError, needed("yaml").YAMLError) as error:
         raise _unreadable(path, error) from error
     if not reader.is_dict(loaded):
@@ -46,18 +42,9 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def split_config(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """Take the replay out of a config.
+    """Split a config into LLaMA-Factory's settings, its stage, and the keyword arguments of `GeReTrainer`.
 
-    Args:
-        config: LLaMA-Factory's settings, and those of replay under `gere`.
-        where: The place of the section, for messages.
-
-    Returns:
-        LLaMA-Factory's settings, its stage, and the keyword arguments of `GeReTrainer`.
-
-    Raises:
-        ConfigError: If there is no section, a name in it is unknown, or a value cannot be used.
-        UnsupportedSettingError: If the run would not come to a trainer that can replay.
+    `where` names the place of the replay section in messages.
     """
     if SECTION not in config:
         raise ConfigError(
@@ -67,34 +54,45 @@ def split_config(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
             found=f"no key {SECTION}",
             fix=f"Add the section; `{SECTION}: {{}}` takes every default. Without replay, use llamafactory-cli.",
         )
-    settings = {name: value for name, value in config.items() if name != SECTION}
+    settings = dict(config)
+    section = settings.pop(SECTION)
+    # Ray, Megatron (MCA) and V1 train by classes of their own, which would not replay and not say so.
+    for name in ("USE_RAY", "USE_MCA", "USE_V1"):
+        if enabled(name):
+            raise _no_replay(name, "not set", "set")
+    if settings.get("use_hyper_parallel"):
+        raise _no_replay("use_hyper_parallel", "not set", "set")
     stage = settings.get("stage", "sft")
-    ways_around = [name for name in ("USE_RAY", "USE_MCA", "USE_V1") if enabled(name)]
-    ways_around += ["use_hyper_parallel"] if settings.get("use_hyper_parallel") else []
-    if stage not in STAGES or ways_around:
-        raise UnsupportedSettingError(
-            "LLaMA-Factory would train with a class that cannot replay.",
-            where=", ".join(ways_around) or "stage",
-            expected="not set" if ways_around else " or ".join(STAGES),
-            found="set" if ways_around else repr(stage),
-            fix=f"Change it; or take out the section {SECTION} and use llamafactory-cli for training without replay.",
-        )
-    return settings, stage, kwargs_of_section(config[SECTION], where)
+    if stage not in STAGES:
+        raise _no_replay("stage", " or ".join(STAGES), repr(stage))
+    return settings, stage, kwargs_of_section(section, where)
+
+
+def enabled(name: str, default: str = "0") -> bool:
+    """Return whether an environment variable is on, by the words that LLaMA-Factory knows."""
+    return os.environ.get(name, default).lower() in {"true", "y", "1"}
 
 
 def needed(name: str) -> Any:
-    """A module of LLaMA-Factory or of its config reader.
-
-    Raises:
-        GeReError: If LLaMA-Factory is not installed.
-    """
+    """Import a module of LLaMA-Factory or of its config reader."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        # Another missing module is a fault of the environment, which its own error names best.
         if str(error.name).split(".")[0] not in {"llamafactory", "omegaconf"}:
             raise
         what = "LLaMA-Factory is not installed in this environment."
         raise GeReError(what, where=name, fix="pip install llamafactory==0.9.5") from error
+
+
+def _no_replay(where: str, expected: str, found: str) -> UnsupportedSettingError:
+    return UnsupportedSettingError(
+        "LLaMA-Factory would train with a class that cannot replay.",
+        where=where,
+        expected=expected,
+        found=found,
+        fix=f"Change it; or take out the section {SECTION} and use llamafactory-cli for training without replay.",
+    )
 
 
 def _unreadable(path: Path, found: object) -> ConfigError:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 CHUNK_ROWS = 4096
-QUANTILE_TOKENS = 16384  # over all layers; so many fix the share of a region to 0.3 points in one pass
+QUANTILE_TOKENS = 16384  # over all layers; enough to fix the share of a region to 0.3 points in one pass
 
 
 class Moments(NamedTuple):
@@ -25,8 +25,9 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor) -> Moments:
-        """Moments of `values`, shape [n, d]."""
+        """Compute the moments of `values`, shape [n, d]."""
         total = cls.empty(values.shape[-1])
+        # A float64 copy of all states at once would take four times their memory in bfloat16.
         for chunk in values.split(CHUNK_ROWS):
             wide = chunk.double()
             mean = wide.mean(dim=0)
@@ -35,11 +36,11 @@ class Moments(NamedTuple):
 
     @classmethod
     def empty(cls, dim: int) -> Moments:
-        """Moments of nothing."""
+        """Return the moments of no values."""
         return cls(0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64))
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of both sets together."""
+        """Compute the moments of both sets together."""
         number = self.number + other.number
         if not number:
             return self
@@ -58,9 +59,9 @@ class Bands(NamedTuple):
     """Bands of each dimension, float32, shape [d].
 
     Attributes:
-        lower: Below it, or on it, lies the negative region.
-        upper: Above it, or on it, lies the positive region.
-        tolerance: Rounding noise of the state, up to which a violation is not counted.
+        lower: Values at or below it lie in the negative region.
+        upper: Values at or above it lie in the positive region.
+        tolerance: Rounding noise of the state. A smaller violation is not counted.
     """
 
     lower: Tensor
@@ -69,17 +70,14 @@ class Bands(NamedTuple):
 
 
 class BandRule(Protocol):
-    """How bands follow from the states of the replay set; its string is part of what an anchor depends on."""
+    """How bands follow from the states of the replay set. The key of an anchor depends on its string."""
 
     def summary(self, state: Tensor, share: float, first: int) -> Any:
-        """What the bands need to know about some states, [n, d], the first of which is token `first` of the set.
-
-        A `share` of them may be enough.
-        """
+        """Summarise states, [n, d], of which the first is token `first` of the set; a `share` of them may do."""
         ...
 
     def bands(self, summaries: Sequence[Any], noise: Tensor) -> Bands:
-        """Bands from all summaries in order, and the largest change of each dimension by rounding, [d]."""
+        """Compute bands from all summaries in order, and the largest change of each dimension by rounding, [d]."""
         ...
 
 
@@ -97,8 +95,8 @@ class MeanStd(NamedTuple):
 
     Args:
         width: k of mu - k sigma and mu + k sigma.
-        std_floor: Smallest sigma as a share of the root mean square sigma; a dimension that hardly moves would
-            otherwise be violated by rounding alone.
+        std_floor: Smallest sigma as a share of the root mean square sigma. Rounding alone would violate the band of a
+            dimension that hardly moves.
     """
 
     width: float
@@ -108,11 +106,11 @@ class MeanStd(NamedTuple):
         return f"mean +- {self.width:g} std, floor {self.std_floor:g}"
 
     def summary(self, state: Tensor, share: float, first: int) -> Moments:
-        """Moments of all states."""
+        """Compute the moments of all states."""
         return Moments.of(state)
 
     def bands(self, summaries: Sequence[Moments], noise: Tensor) -> Bands:
-        """Bands of the merged moments."""
+        """Compute the bands of the merged moments."""
         moments = Moments.empty(len(noise))
         for own in summaries:
             moments = moments.merge(own)
@@ -122,7 +120,7 @@ class MeanStd(NamedTuple):
 class Quantiles(NamedTuple):
     """Bands at two quantiles of each dimension, so that the regions have known shares, outliers or not.
 
-    For up to 16,384 tokens, over all layers, they are exact; of more, so many are taken, spread over the replay set.
+    They are exact for up to 16,384 tokens over all layers. Larger sets are sampled down to that number.
 
     Args:
         lower: Share of the negative region.
@@ -136,13 +134,17 @@ class Quantiles(NamedTuple):
         return f"quantiles {self.lower:g} and {self.upper:g}"
 
     def summary(self, state: Tensor, share: float, first: int) -> Tensor:
-        """The states of a `share` of the tokens, by a hash of their number, so that no place in a row is preferred."""
+        """Return the states of a `share` of the tokens."""
         number = torch.arange(first + 1, first + len(state) + 1)
+        # A hash of each token's number: every n-th token would prefer some places in rows of equal length. Parts and
+        # processes choose the same tokens without asking each other.
         return state[(number * 2654435761) % 2**32 < share * 2**32]
 
     def bands(self, summaries: Sequence[Tensor], noise: Tensor) -> Bands:
-        """Bands of the chosen states together."""
+        """Compute the bands of the chosen states together."""
         ordered = torch.cat(list(summaries)).float().sort(dim=0).values
+        # A value on a band lies in the outer region: a band is the innermost value of its region, which is never
+        # empty.
         below, above = round(self.lower * len(ordered)), round((1 - self.upper) * len(ordered))
         lower = ordered[max(below, 1) - 1].double()
         upper = ordered[len(ordered) - max(above, 1)].double()
@@ -150,16 +152,13 @@ class Quantiles(NamedTuple):
 
 
 def mean_std_bands(moments: Moments, width: float, std_floor: float, noise: Tensor) -> Bands:
-    """Bands of `width` deviations around the mean.
+    """Compute bands of `width` deviations around the mean.
 
     Args:
         moments: Moments of all states of the replay set.
-        width: k.
+        width: k of mu - k sigma and mu + k sigma.
         std_floor: Smallest sigma as a share of the root mean square sigma.
         noise: Largest change of each dimension's state between two evaluations of the same row, shape [d].
-
-    Returns:
-        The bands.
     """
     std = moments.std
     std = std.clamp(min=std_floor * std.square().mean().sqrt().item())
@@ -167,6 +166,7 @@ def mean_std_bands(moments: Moments, width: float, std_floor: float, noise: Tens
 
 
 def _with_tolerance(lower: Tensor, upper: Tensor, noise: Tensor) -> Bands:
+    # Noise is measured on a few rows, so twice its largest value is tolerated. Where it is 0, float32 still rounds.
     rounding = torch.finfo(torch.float32).eps * torch.maximum(lower.abs(), upper.abs())
     tolerance = torch.maximum(2.0 * noise.double(), 8.0 * rounding)
     return Bands(lower.float(), upper.float(), tolerance.float())

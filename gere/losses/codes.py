@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gere.losses.chunks import wide
+
 PER_BYTE = 4
 
 
@@ -20,16 +22,17 @@ def regions(state: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     Returns:
         int8 of shape [..., d]: -1 where `state <= lower`, 1 where `state >= upper`, else 0.
     """
-    wide = state if state.dtype == torch.float64 else state.float()
-    above = wide >= upper.to(wide)
-    below = wide <= lower.to(wide)
+    values = wide(state)
+    above = values >= upper.to(values)
+    below = values <= lower.to(values)
+    # Where both bands are equal, a value on them is below and above. The negative region takes it.
     return above.to(torch.int8) * (~below).to(torch.int8) - below.to(torch.int8)
 
 
 def pack(region: Tensor) -> Tensor:
     """Pack regions into 2 bits each.
 
-    Element 4j + i lies in bits 2i and 2i + 1 of byte j, as region + 1; missing elements of the last byte are 0.
+    Element 4j + i lies in bits 2i and 2i + 1 of byte j, as region + 1. Missing elements of the last byte are 0.
 
     Args:
         region: int8 of shape [..., d] with values in {-1, 0, 1}.
@@ -40,6 +43,7 @@ def pack(region: Tensor) -> Tensor:
     Raises:
         ValueError: If a value is not -1, 0 or 1.
     """
+    # Another value could spill into the bits of its neighbours, and `unpack` would not see it.
     if region.numel() and bool((region.abs() > 1).any()):
         raise ValueError(f"regions are -1, 0 or 1, found {region.min().item()} to {region.max().item()}")
     codes = (region + 1).to(torch.uint8)
@@ -62,5 +66,4 @@ def unpack(packed: Tensor, dim: int | None = None) -> Tensor:
     """
     shifts = torch.arange(0, 2 * PER_BYTE, 2, dtype=torch.uint8, device=packed.device)
     codes = (packed.unsqueeze(-1) >> shifts) & 3
-    flat = codes.flatten(-2).to(torch.int8) - 1
-    return flat if dim is None else flat[..., :dim]
+    return codes.flatten(-2)[..., :dim].to(torch.int8) - 1

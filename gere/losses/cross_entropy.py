@@ -9,7 +9,7 @@ from gere.losses.chunks import CHUNK_TOKENS, sum_in_chunks, wide
 
 
 def next_token_ce(logits: Tensor, input_ids: Tensor, mask: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
-    """Mean next-token cross-entropy of each row, without a full float32 copy of the logits.
+    """Compute the mean next-token cross-entropy of each row, without a full float32 copy of the logits.
 
     References:
         Label fitting in GeRe, arXiv 2508.04676; equals the official code for a batch of one row.
@@ -34,13 +34,16 @@ def next_token_ce(logits: Tensor, input_ids: Tensor, mask: Tensor, chunk_tokens:
         `torch.nn.functional.cross_entropy` over the same tokens, averaged by row and not over the batch.
 
     Example:
+        >>> import torch
         >>> next_token_ce(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]), torch.ones(1, 3))
         tensor([2.0794])
     """
     real = mask.bool()
+    # With padding on the left, the first real token has no real token before it.
     predicted = F.pad(real[:, 1:] & real[:, :-1], (0, 1))[:, : logits.shape[1]]
     targets = F.pad(input_ids[:, 1:], (0, 1))[:, : logits.shape[1]].masked_fill(~predicted, -100)
     (total,) = sum_in_chunks(_ce_sum, (logits, targets), chunk_tokens)
+    # A row without a predicted token has loss 0 and not NaN, which would spread over the batch.
     return total / predicted.sum(dim=1).clamp(min=1)
 
 
@@ -50,5 +53,5 @@ def _ce_sum(logits: Tensor, targets: Tensor) -> tuple[Tensor]:
 
 
 def token_ce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each token, shape [n], from logits [n, v] and targets [n]; 0 where a target is -100."""
+    """Compute the cross-entropy of each token, shape [n], from logits [n, v] and targets [n]; 0 for target -100."""
     return F.cross_entropy(wide(logits), targets, ignore_index=-100, reduction="none")

@@ -14,12 +14,12 @@ from gere.losses.strategy import Seen, Strategy, Tensors
 STORED = torch.bfloat16
 # Largest difference of a number to the nearest one in bfloat16, as a share of the number.
 BF16_ROUNDING = 2.0**-8
-# What rounding in float32 changes of an element of a normalised state.
+# Change of an element of a normalised state by rounding in float32.
 LEAST_DIFFERENCE = 1e-6
 
 
 def l1_distance(state: Tensor, target: Tensor, mask: Tensor, tolerance: Tensor | float = 0.0) -> Tensor:
-    """Feature imitation (L1): mean absolute difference to the base state.
+    """Compute feature imitation (L1): the mean absolute difference to the base state.
 
     References:
         One of the replay objectives that GeRe, arXiv 2508.04676, compares with TM.
@@ -42,8 +42,8 @@ def l1_distance(state: Tensor, target: Tensor, mask: Tensor, tolerance: Tensor |
         Mean over the real elements of each row, shape [b], float32 (float64 for a float64 state).
 
     Relations:
-        Pushes every element with the same force however near it is; L2 with a force that grows with the distance, TM
-        only those outside their region.
+        Pushes every element with the same force, however near it is. L2 pushes harder the farther an element is, TM
+        pushes only elements outside their region.
 
     Example:
         >>> l1_distance(torch.tensor([[[1.0, 3.0]]]), torch.zeros(1, 1, 2), torch.ones(1, 1))
@@ -53,7 +53,7 @@ def l1_distance(state: Tensor, target: Tensor, mask: Tensor, tolerance: Tensor |
 
 
 def l2_distance(state: Tensor, target: Tensor, mask: Tensor, tolerance: Tensor | float = 0.0) -> Tensor:
-    """Feature imitation (L2): mean squared difference to the base state.
+    """Compute feature imitation (L2): the mean squared difference to the base state.
 
     References:
         One of the replay objectives that GeRe, arXiv 2508.04676, compares with TM.
@@ -76,8 +76,8 @@ def l2_distance(state: Tensor, target: Tensor, mask: Tensor, tolerance: Tensor |
         Mean over the real elements of each row, shape [b], float32 (float64 for a float64 state).
 
     Relations:
-        The square of L1 element by element. TM with `"elements"` grows like it for small drifts, by frequency times
-        size, but is 0 for what stays in its region.
+        The square of L1 element by element. For small drifts TM with `"elements"` grows like it, by frequency times
+        size, but is 0 for elements that stay in their region.
 
     Example:
         >>> l2_distance(torch.tensor([[[1.0, 3.0]]]), torch.zeros(1, 1, 2), torch.ones(1, 1))
@@ -90,6 +90,7 @@ def _difference(state: Tensor, target: Tensor, mask: Tensor, tolerance: Tensor |
     current = wide(state)
     difference = current - target.to(current)
     far = mask.bool().unsqueeze(-1) & (difference.abs() > tolerance)
+    # A product with the mask would be NaN where the padding is.
     return torch.where(far, difference, 0.0)
 
 
@@ -98,7 +99,7 @@ def _mean_over_elements(values: Tensor, mask: Tensor) -> Tensor:
 
 
 class _Imitation(Strategy):
-    """The last-layer state stays near that of the base model; subclasses say by which distance."""
+    """Base of the strategies that keep the last-layer state near that of the base model."""
 
     measures = True
     kind = "states"
@@ -112,21 +113,24 @@ class _Imitation(Strategy):
         self.layers = (self.depth,)
 
     def keep(self, states: Sequence[Tensor], logits: Tensor | None) -> Tensors:
-        """The state as it is."""
+        """Return the state unchanged."""
         return {"state": states[0]}
 
     def encode(self, kept: Tensors, constants: Tensors) -> Tensors:
-        """The state in bfloat16."""
+        """Return the state in bfloat16."""
         return {"state": kept["state"].to(STORED)}
 
     def distance(self, seen: Seen, targets: Tensors, constants: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-        """Difference of each row; elements are not counted."""
+        """Compute the difference of each row; elements are not counted."""
         target = targets["state"].float()
+        tolerance: Tensor | float = LEAST_DIFFERENCE
         # A stored target is rounded, and a model in 16 bits rounds the state of today in another way than that of
         # the anchor. Neither is drift.
-        rounding = BF16_ROUNDING if self.half or not self.live else 0.0
-        difference = type(self).compare(seen.states[0], target, seen.mask, rounding * target.abs() + LEAST_DIFFERENCE)
-        nothing = torch.zeros_like(difference.detach())
+        if self.half or not self.live:
+            tolerance = BF16_ROUNDING * target.abs() + LEAST_DIFFERENCE
+        # `self.compare` would be a method to a type checker, which hands over `self`.
+        difference = type(self).compare(seen.states[0], target, seen.mask, tolerance)
+        nothing = torch.zeros_like(difference)
         return difference, nothing, nothing
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from gere.losses.chunks import CHUNK_TOKENS, sum_in_chunks, wide
 from gere.losses.strategy import Seen, Strategy, Tensors
 
-# Divergence of a token, in nats, that rounding alone makes: of a sum over the likeliest tokens in float32, and of
-# logits that were computed in 16 bits.
+# Divergence of a token, in nats, by rounding alone: of a float32 sum over the likeliest tokens, and of logits
+# that were computed in 16 bits.
 LEAST_DIVERGENCE, LEAST_DIVERGENCE_16_BITS = 1e-6, 1e-5
 
 
 class TopLogits(NamedTuple):
-    """The likeliest tokens of a distribution, and what is left for all others together.
+    """The likeliest tokens of a distribution, and the probability of all others together.
 
     Attributes:
         ids: Their token ids, [..., k].
@@ -31,12 +31,12 @@ class TopLogits(NamedTuple):
 
 
 def top_logits(logits: Tensor, top_k: int, temperature: float) -> TopLogits:
-    """Keep of a distribution what `top_k_kl` needs.
+    """Keep the part of a distribution that `top_k_kl` needs.
 
     Args:
         logits: Logits, shape [..., v].
         top_k: Tokens to keep, at most v.
-        temperature: What the logits are divided by.
+        temperature: Divisor of the logits.
 
     Returns:
         `ids` int32, `log_probs` and `rest` float32 (float64 for float64 logits).
@@ -55,13 +55,13 @@ def top_k_kl(
     tolerance: Tensor | float = 0.0,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
-    """Logit imitation (KL): divergence of the current distribution from the base one, base || model.
+    """Compute logit imitation (KL): the divergence of the current distribution from the base one, base || model.
 
-    The base distribution is known on its likeliest tokens; all others count as one. Merging tokens never raises a
-    divergence, so the value is a lower bound of the full one, and what it misses is rest x KL inside the rest.
+    The base distribution is known on its likeliest tokens. All others count as one. Merging tokens never raises a
+    divergence, so the value is a lower bound of the full one. It misses rest x KL inside the rest.
 
     References:
-        One of the replay objectives that GeRe, arXiv 2508.04676, compares with TM, there with the full vocabulary and
+        One of the replay objectives that GeRe, arXiv 2508.04676, compares with TM. GeRe takes the full vocabulary and
         temperature 2, without the factor of the squared temperature.
 
     Inputs:
@@ -70,14 +70,14 @@ def top_k_kl(
         | `logits` | [b, t, v], float | output of the head of the current model |
         | `base` | [b, t, k] and [b, t] | likeliest tokens of the base model, from `top_logits` |
         | `mask` | [b, t], bool or int | 1 for real tokens, 0 for padding |
-        | `temperature` | number | what the logits are divided by, as for `base` |
+        | `temperature` | number | divisor of the logits, the same as for `base` |
         | `tolerance` | number | a token whose divergence is no more than this counts as 0 |
 
     Args:
         logits: Logits of the current model.
-        base: What was kept of the base model.
+        base: Distribution of the base model.
         mask: Real tokens.
-        temperature: Temperature.
+        temperature: Divisor of the logits.
         tolerance: Rounding noise to be ignored.
         chunk_tokens: Tokens whose logits are held in float32 at one time.
 
@@ -85,7 +85,7 @@ def top_k_kl(
         Mean over the real tokens of each row, in nats, shape [b], float32 (float64 for float64 logits).
 
     Relations:
-        Binds what the head says, where TM, L1 and L2 bind what the head reads. `next_token_ce` looks at one token.
+        Binds the output of the head; TM, L1 and L2 bind its input. `next_token_ce` looks at one token.
 
     Example:
         >>> logits = torch.tensor([[[2.0, 0.0, 0.0]]])
@@ -103,7 +103,7 @@ def top_k_kl(
 
 
 def token_kl(base: TopLogits, scaled: Tensor) -> Tensor:
-    """Divergence of each token, shape [...], from logits that are divided by the temperature, [..., v]."""
+    """Compute the divergence of each token, shape [...], from logits divided by the temperature, [..., v]."""
     log_q, rest_q = _split(scaled, base.ids.long())
     log_p, rest_p = base.log_probs.to(log_q), base.rest.to(log_q)
     kept = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
@@ -111,23 +111,19 @@ def token_kl(base: TopLogits, scaled: Tensor) -> Tensor:
 
 
 def _split(scaled: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of `ids`, and the log of what all other tokens have together."""
+    """Return the log-probabilities of `ids`, and the log of the probability of all other tokens together."""
     norm = scaled.logsumexp(dim=-1)
     log_probs = scaled.gather(-1, ids) - norm.unsqueeze(-1)
     if ids.shape[-1] == scaled.shape[-1]:
+        # The lowest number in place of -inf: `exp(rest) * rest` would be NaN.
         return log_probs, torch.full_like(norm, torch.finfo(torch.float32).min)
-    others = scaled.scatter(-1, ids, -torch.inf)  # 1 - the sum of the kept would lose all digits of a small rest
+    # 1 - the sum of the kept tokens would lose all digits of a small rest.
+    others = scaled.scatter(-1, ids, -torch.inf)
     return log_probs, others.logsumexp(dim=-1) - norm
 
 
 class LogitImitation(Strategy):
-    """Strategy `"kl"`: the distribution of each token stays near that of the base model.
-
-    Args:
-        kl_top_k: Tokens that are kept of each distribution.
-        kl_temperature: What the logits are divided by.
-        **about: Arguments of `Strategy`.
-    """
+    """Strategy `"kl"`: the distribution of each token stays near that of the base model."""
 
     name = "kl"
     measures = True
@@ -142,13 +138,13 @@ class LogitImitation(Strategy):
         self._temperature = kl_temperature
 
     def keep(self, states: Sequence[Tensor], logits: Tensor | None) -> Tensors:
-        """Ids and log-probabilities of the likeliest tokens, and the log of what all others have together."""
+        """Keep the likeliest tokens and the rest, as `top_logits`."""
         assert logits is not None  # noqa: S101
         return top_logits(logits, self._top_k, self._temperature)._asdict()
 
     def distance(self, seen: Seen, targets: Tensors, constants: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-        """Divergence of each row; elements are not counted."""
+        """Compute the divergence of each row; elements are not counted."""
         tolerance = LEAST_DIVERGENCE_16_BITS if self.half else LEAST_DIVERGENCE
         divergence = top_k_kl(seen.logits, TopLogits(**targets), seen.mask, self._temperature, tolerance)
-        nothing = torch.zeros_like(divergence.detach())
+        nothing = torch.zeros_like(divergence)
         return divergence, nothing, nothing

@@ -105,7 +105,9 @@ def margin_sums(
     def row_sums(state: Tensor, region: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         current = wide(state)
         low, high = lower.to(current), upper.to(current)
-        base = unpack(region, state.shape[-1]) if region.dtype == torch.uint8 else region
+        base = region
+        if region.dtype == torch.uint8:
+            base = unpack(region, state.shape[-1])
         ceiling = torch.where(base < 0, low, torch.where(base > 0, torch.inf, high))
         ground = torch.where(base > 0, high, torch.where(base < 0, -torch.inf, low))
         margin = F.relu(current - ceiling) + F.relu(ground - current)
@@ -118,7 +120,9 @@ def margin_sums(
 
 def normalize_margin(sums: MarginSums, normalization: Normalization) -> Tensor:
     """Divide the margin sums by the count that `normalization` names; an empty count gives 0."""
-    count = sums.violated if normalization == "violations" else sums.elements
+    count = sums.elements
+    if normalization == "violations":
+        count = sums.violated
     return sums.total / count.clamp(min=1)
 
 
@@ -167,10 +171,11 @@ class Margin(Strategy):
         self.name = f"tm over {normalization}"
         self.order = 1 if normalization == "violations" else 2
         self._normalization = normalization
+        # States of inner layers are not normalised and have outliers, which a standard deviation would follow.
         quantiles = Quantiles(lower_quantile, upper_quantile)
-        last = MeanStd(band_width, std_floor) if bands == "mean_std" else quantiles
-        # States of inner layers are not normalised and have outliers, which a standard deviation follows.
-        self._rules: list[BandRule] = [last if layer == depth else quantiles for layer in held]
+        self._rules: list[BandRule] = [quantiles] * len(held)
+        if held[-1] == depth and bands == "mean_std":
+            self._rules[-1] = MeanStd(band_width, std_floor)
         self.fields = {"bands": "; last layer: ".join(dict.fromkeys(map(str, self._rules)))}
 
     def keep(self, states: Sequence[Tensor], logits: Tensor | None) -> Tensors:
@@ -200,9 +205,13 @@ class Margin(Strategy):
 
     def distance(self, seen: Seen, targets: Tensors, constants: Tensors) -> tuple[Tensor, Tensor, Tensor]:
         """Mean margin over the layers; violated and all elements are summed over them."""
-        # A live base gives its states, an anchor the codes of their regions.
-        base = targets["codes"] if "codes" in targets else self._live_regions(targets["state"], constants)
-        least = NOISE_SHARE_16_BITS if self.half else 0.0
+        if self.live:
+            base = regions(targets["state"], constants["lower"], constants["upper"])
+        else:
+            base = targets["codes"]
+        least = 0.0
+        if self.half:
+            least = NOISE_SHARE_16_BITS
         margins, violated, elements = [], [], []
         for place, state in enumerate(seen.states):
             own = Bands(**{name: self._by_layer(values)[place] for name, values in constants.items()})
@@ -212,9 +221,6 @@ class Margin(Strategy):
             violated.append(sums.violated)
             elements.append(sums.elements)
         return torch.stack(margins).mean(dim=0), torch.stack(violated).sum(dim=0), torch.stack(elements).sum(dim=0)
-
-    def _live_regions(self, state: Tensor, constants: Tensors) -> Tensor:
-        return regions(state, constants["lower"], constants["upper"])
 
     def _by_layer(self, stacked: Tensor) -> Sequence[Tensor]:
         if len(self.layers) == 1:
@@ -226,5 +232,7 @@ def _stacked(layers: Sequence[Tensor]) -> Tensor:
     """One layer as it is; several along a new dimension before the last, in float32 if their types differ."""
     if len(layers) == 1:
         return layers[0]
-    same = len({layer.dtype for layer in layers}) == 1
-    return torch.stack([layer if same else layer.float() for layer in layers], dim=-2)
+    # Under autocast the last state can be wider than those of inner layers.
+    if len({layer.dtype for layer in layers}) > 1:
+        layers = [layer.float() for layer in layers]
+    return torch.stack(list(layers), dim=-2)

@@ -73,8 +73,9 @@ class ReplayObjective:
         distance, violated, elements = self._strategy.distance(seen, targets, self._constants)
         weight = self._weight(ce, distance)
         active = (distance.detach() > 0).to(ce)
-        unrelated = torch.zeros_like(active)
-        calibrated = torch.zeros_like(active)
+        nothing = torch.zeros_like(active)
+        unrelated = calibrated = nothing
+        # Only now: once the weight is calibrated, the second distance would be computed for nobody.
         if self._weight.calibrating:
             unrelated = self._unrelated(seen, targets)
             calibrated = torch.ones_like(active)
@@ -90,7 +91,7 @@ class ReplayObjective:
             unrelated=unrelated,
             calibrated=calibrated,
             capped=self._weight.capped(weight) * active,
-            cappable=active if self._weight.has_cap else torch.zeros_like(active),
+            cappable=active * float(self._weight.has_cap),
         )
         sums = ReplaySums(*(values.detach().sum().float() for values in by_row))
         if not self._strategy.measures:

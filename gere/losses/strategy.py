@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from abc import ABC
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ class Seen(NamedTuple):
     mask: Tensor
 
 
-class Strategy(ABC):
+class Strategy:
     """Base of all strategies. By itself it keeps nothing and holds nothing: label fitting, `"ce"`.
 
     Subclasses take the settings that they need as keyword arguments with the names of `GeReConfig`'s fields.

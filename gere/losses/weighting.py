@@ -1,9 +1,9 @@
 """Weight of the distance of each replay row: fixed, dynamic, or calibrated on the model itself.
 
-Each model and each strategy has its own scale of distance, so a weight that is right for one is wrong for another. What
-all share is the distance of a row to text that it has nothing to do with. `auto` measures that distance and sets the
-weight so that every strategy pulls equally hard, with a slope of 20 nats for the whole way, when a model has gone a tenth
-of the way. A cap in units of the row's own cross-entropy lets a model that drifts far anyway learn its task.
+Each model and each strategy has its own scale of distance, so a weight that is right for one is wrong for another.
+What all share is the distance of a row to text that it has nothing to do with. `auto` measures that distance and sets
+the weight so that every strategy pulls equally hard, with a slope of 20 nats for the whole way, when a model has gone
+a tenth of the way. A cap in units of the row's own cross-entropy lets a model that drifts far anyway learn its task.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ class AutoWeight(RowWeight):
     """`auto_nats` / distance to unrelated text, the mean over the first 64 replay rows of the run, up to a cap.
 
     A row whose distance would count more than `CAP` times its cross-entropy gets the weight with which it counts just
-    that. All rows of an optimizer step get the weight that follows from the steps before it, so that the weight does not
-    depend on how the rows are split. In the first step it is 0; an untouched model has no distance then anyway.
+    that. All rows of an optimizer step get the weight that follows from the steps before it, so that the weight does
+    not depend on how the rows are split. In the first step it is 0; an untouched model has no distance then anyway.
 
     Args:
         strategy: The strategy, whose order sets the scale and whose name tells checkpoints apart.

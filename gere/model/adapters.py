@@ -1,4 +1,4 @@
-"""PEFT adapters: the base model inside, and adapters that cannot be anchored."""
+"""PEFT adapters: reach the base model inside, and refuse adapters that cannot be anchored."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ SHIFTING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def refuse_unanchorable(model: nn.Module) -> None:
-    """Refuse models that replay of plain text is not defined for, or whose base is no longer there.
-
-    Raises:
-        UnsupportedModelError: If the model is an encoder-decoder, or its adapter took a part of the base weights.
-    """
+    """Raise an `UnsupportedModelError` for encoder-decoders, virtual tokens, and adapters that moved base weights."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(
             "Replay needs a decoder-only language model.",
@@ -39,8 +35,8 @@ def refuse_unanchorable(model: nn.Module) -> None:
         init = getattr(config, "init_lora_weights", True)
         if isinstance(init, str) and init.lower().startswith(SHIFTING_INITS):
             raise UnsupportedModelError(
-                "The adapter was initialised by moving a part of the base weights into it, so that the model with its "
-                "adapter disabled is not the base model.",
+                "The adapter was initialised by moving a part of the base weights into it. The model with its adapter "
+                "disabled is not the base model.",
                 where=f"adapter {name!r}",
                 expected="init_lora_weights that leaves the base weights alone, such as True or 'gaussian'",
                 found=repr(init),
@@ -49,23 +45,22 @@ def refuse_unanchorable(model: nn.Module) -> None:
 
 
 def base_module(model: nn.Module) -> nn.Module:
-    """Return the causal language model inside wrappers such as PEFT.
-
-    Args:
-        model: A model without its distributed wrapper.
-    """
+    """Return the causal language model inside PEFT; `model` has no distributed wrapper."""
     inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model
+    if callable(inner):
+        return inner()  # type: ignore[no-any-return]
+    return model
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether the model carries PEFT adapters, so that its base is still there."""
+    """Return whether the model carries PEFT adapters, so that its base is still there."""
+    # Adapters can be loaded without PeftModel, by transformers' own `add_adapter`.
     return hasattr(model, "disable_adapter") or bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 @contextmanager
 def adapters_disabled(model: Any) -> Iterator[None]:
-    """Show the base model of a PEFT model, or of a model with adapters of its own; nothing for any other."""
+    """Show the base model of a model with adapters; do nothing for other models."""
     if not is_adapted(model):
         yield
         return
@@ -81,5 +76,6 @@ def adapters_disabled(model: Any) -> Iterator[None]:
             finally:
                 model.enable_adapters()
     finally:
+        # PEFT and transformers make all of an adapter trainable when they enable it, frozen parts included.
         for parameter, flag in zip(model.parameters(), trainable, strict=True):
-            parameter.requires_grad_(flag)  # both make all of an adapter trainable, its frozen parts, too
+            parameter.requires_grad_(flag)

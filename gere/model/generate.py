@@ -1,4 +1,4 @@
-"""Text from a model: one call of `generate` that leaves the model's own generation settings as they were."""
+"""Generate text with settings of our own, and leave the model's generation settings as they were."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from gere.model.adapters import base_module
 
@@ -21,45 +21,37 @@ def generate(
     max_new_tokens: int,
     stops: set[int],
     sampling: Mapping[str, Any] | None = None,
-    stop_strings: Sequence[str] = (),
-    tokenizer: Any = None,
+    criteria: Sequence[StoppingCriteria] = (),
 ) -> list[list[int]]:
-    """Continue each context.
+    """Return new token ids for each context; a row that was ended by one of `stops` has it as its last token.
 
-    Args:
-        model: The model without its distributed wrapper; the caller chooses its mode.
-        contexts: Token ids to continue, at least one a row.
-        pad_id: Padding token, put before shorter contexts.
-        max_new_tokens: Largest number of new tokens.
-        stops: Tokens that end a text.
-        sampling: `temperature`, `top_p` and `top_k`; `None` takes the likeliest token each time.
-        stop_strings: Texts that end a row as soon as it contains one of them.
-        tokenizer: The tokenizer, which `stop_strings` need.
-
-    Returns:
-        The new token ids of each row. A row that was ended by one of `stops` has it as its last token.
+    The model has no distributed wrapper, and the caller chooses its mode. `sampling` has `temperature`, `top_p` and
+    `top_k`; `None` takes the likeliest token each time.
     """
-    causal: Any = base_module(model)  # PEFT's own generate would put its generation settings into the model
+    # PEFT's own generate would put its generation settings into the model.
+    causal: Any = base_module(model)
     width = max(map(len, contexts))
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in contexts])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in contexts])
+    # On the left, since generate continues after the last column of each row.
+    ids, mask = torch.full((len(contexts), width), pad_id), torch.zeros(len(contexts), width, dtype=torch.int64)
+    for row, context in enumerate(contexts):
+        ids[row, width - len(context) :] = torch.tensor(context)
+        mask[row, width - len(context) :] = 1
     settings = GenerationConfig(
         do_sample=sampling is not None,
         **(sampling or {}),
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_id,
         eos_token_id=sorted(stops) or None,
-        stop_strings=list(stop_strings) or None,
     )
     device = causal.get_input_embeddings().weight.device
-    # What the settings of a call leave open is taken from the model's own, so those are replaced, too.
+    # generate takes what the settings of a call leave open from the model's own, so those are replaced, too.
     kept, causal.generation_config = causal.generation_config, settings
     try:
         rows: Tensor = causal.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=settings,
-            tokenizer=tokenizer if stop_strings else None,
+            stopping_criteria=StoppingCriteriaList(criteria),
         )
     finally:
         causal.generation_config = kept
@@ -67,7 +59,7 @@ def generate(
 
 
 def _up_to(row: list[int], stops: set[int]) -> list[int]:
-    """Tokens up to the first that ends the text; what follows is padding."""
+    """Return the tokens up to the first that ends the text; what follows is padding."""
     for place, token in enumerate(row):
         if token in stops:
             return row[: place + 1]
@@ -78,7 +70,7 @@ def _up_to(row: list[int], stops: set[int]) -> list[int]:
 def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the generators of the CPU and of one device, and restore their states afterwards."""
     devices = [] if device.type == "cpu" else [device.index or 0]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+    with torch.random.fork_rng(devices, device_type=device.type):
         # torch.manual_seed would seed every device of the machine, whose states are not restored.
         torch.default_generator.manual_seed(seed)
         if devices:

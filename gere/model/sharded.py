@@ -1,4 +1,4 @@
-"""Weights that are spread over processes, by DeepSpeed ZeRO-3 or FSDP2: their true shape, and the whole of one."""
+"""Read weights that DeepSpeed ZeRO-3 or FSDP2 spread over processes."""
 
 from __future__ import annotations
 
@@ -10,29 +10,26 @@ from torch.distributed.tensor import DTensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a process holds only a part of some weights, so that all must call the model together."""
+    """Return whether a process holds only a part of some weights, so that all must call the model together."""
     return any(isinstance(weight, DTensor) or hasattr(weight, "ds_shape") for weight in model.parameters())
 
 
 def class_name(model: nn.Module) -> str:
-    """Class of a model by name; FSDP2 puts a class of its own before it."""
+    """Return the name of a model's class."""
+    # FSDP2 replaces the class by one that inherits from FSDPModule and from it.
     return next(cls.__name__ for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def whole_shape(weight: Any) -> tuple[int, ...]:
-    """Shape of a weight over all processes."""
+    """Return the shape of a weight over all processes."""
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def whole(weight: Any) -> Tensor:
-    """All of a weight, in main memory. Every process must ask for the same weights in the same order.
-
-    Args:
-        weight: A parameter or buffer.
-    """
+    """Gather a parameter or buffer in main memory; every process must ask for the same ones in the same order."""
     if hasattr(weight, "full_tensor"):
-        on_mesh = weight.detach().to(weight.device_mesh.device_type)  # an offloaded one is in main memory
-        return on_mesh.full_tensor().cpu()
+        # An offloaded weight is in main memory, where NCCL cannot gather it.
+        return weight.detach().to(weight.device_mesh.device_type).full_tensor().cpu()
     # DeepSpeed keeps small weights whole and would not gather them again for a forward pass.
     if getattr(getattr(weight, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE":
         import deepspeed

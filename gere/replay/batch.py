@@ -150,8 +150,8 @@ def unpacked(sent: Iterator[Any], parts: list[MicroBatch], device: torch.device)
         device: Where batches are.
 
     Yields:
-        For each micro-step the batch that the parent trains on: the one of the user's collator, or a batch without rows
-        where there are replay rows alone. What no `MixedCollator` made comes as it is.
+        For each micro-step the batch that the parent trains on: the one of the user's collator, or a batch without
+        rows where there are replay rows alone. What no `MixedCollator` made comes as it is.
     """
     for batch in sent:
         if not isinstance(batch, MicroBatch):

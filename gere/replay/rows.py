@@ -1,4 +1,4 @@
-"""The replay set: texts as rows of token ids, and what its anchor has to depend on."""
+"""The replay set: texts as rows of token ids, and the fields that its anchor depends on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ReplaySet(NamedTuple):
     Attributes:
         rows: Token ids of each row.
         pad_id: Id of the padding token.
-        fields: What the anchor has to depend on: `tokenizer`, `texts`, `max_length`, `input_ids`.
+        fields: What the anchor depends on: `tokenizer`, `texts`, `max_length`, `input_ids`.
     """
 
     rows: list[list[int]]
@@ -36,8 +36,8 @@ def load_replay_set(
     Args:
         config: Source, size and length.
         tokenizer: The user's tokenizer; a copy of it is used.
-        cache_folder: Where texts from the hub are kept.
-        own_texts: What the base model itself gave, for the source `"self"`.
+        cache_folder: Folder that keeps texts from the hub.
+        own_texts: Texts of the base model, for the source `"self"`.
 
     Raises:
         ReplaySetError: If the set is missing, empty, too short or has rows of no text or of one token.
@@ -47,6 +47,7 @@ def load_replay_set(
     require_tokenizer(config, tokenizer)
     texts = load_texts(config, cache_folder, own_texts)
     rows = tokenize(texts, tokenizer, config)
+    # `tokenizer` covers the vocabulary alone. `input_ids` also changes with merges, normalisation and BOS.
     fields = {
         "tokenizer": tokenizer_digest(tokenizer),
         "texts": text_digest(texts),
@@ -63,6 +64,7 @@ def tokenize(texts: Sequence[str], tokenizer: Any, config: GeReConfig) -> list[l
         ReplaySetError: If a row has fewer than two tokens, so that nothing can be predicted.
     """
     private = private_copy(tokenizer)
+    # By default the tokenizer decides on BOS. With `add_bos` its special tokens are off, or BOS would come twice.
     encoded = private(list(texts), add_special_tokens=config.add_bos is None, verbose=False)["input_ids"]
     prefix = [tokenizer.bos_token_id] if config.add_bos else []
     rows = [(prefix + list(ids))[: config.max_length] for ids in encoded]
@@ -79,40 +81,32 @@ def tokenize(texts: Sequence[str], tokenizer: Any, config: GeReConfig) -> list[l
 
 
 def private_copy(tokenizer: Any) -> Any:
-    """A tokenizer to work with; a call changes the truncation state of a fast one."""
+    """Copy a tokenizer, since a call changes the truncation state of a fast one."""
     return copy.deepcopy(tokenizer)
 
 
 def adds_bos(tokenizer: Any, config: GeReConfig) -> bool:
-    """Whether `tokenize` puts the BOS token before a text.
-
-    Args:
-        tokenizer: A copy of the user's tokenizer.
-        config: `add_bos` of it.
-    """
+    """Return whether `tokenize` puts the BOS token before a text; `tokenizer` is a private copy."""
     if config.add_bos is not None or tokenizer.bos_token_id is None:
         return bool(config.add_bos)
+    # Tried out, since tokenizers have no common attribute that says so.
     return tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of the vocabulary and the special tokens."""
+    """Digest the vocabulary and the special tokens."""
     specials = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
     return sha256(canonical_json({"vocabulary": tokenizer.get_vocab(), "special": specials}))
 
 
 def require_tokenizer(config: GeReConfig, tokenizer: Any) -> None:
-    """Refuse a tokenizer that replay rows cannot be made with.
-
-    Raises:
-        TokenizerError: If there is none, or it lacks a token that is needed.
-    """
+    """Refuse a tokenizer that cannot make replay rows, with a `TokenizerError`."""
     if not hasattr(tokenizer, "get_vocab"):
         raise TokenizerError(
             "Replay needs a tokenizer.",
             where="processing_class",
             expected="the tokenizer of the model",
-            found=repr(tokenizer) if tokenizer is None else type(tokenizer).__name__,
+            found=type(tokenizer).__name__,
             fix="Pass processing_class=tokenizer.",
         )
     if tokenizer.pad_token_id is None:
@@ -121,11 +115,11 @@ def require_tokenizer(config: GeReConfig, tokenizer: Any) -> None:
             where="tokenizer.pad_token",
             expected="a token",
             found="None",
-            fix="Set tokenizer.pad_token = tokenizer.eos_token; padding is masked, so any token will do.",
+            fix="Set tokenizer.pad_token = tokenizer.eos_token; padding is masked, so any token works.",
         )
     if config.add_bos and tokenizer.bos_token_id is None:
         raise TokenizerError(
-            "Replay rows shall begin with BOS, which the tokenizer does not have.",
+            "Replay rows are to begin with BOS, which the tokenizer does not have.",
             where="gere_config.add_bos",
             expected="a tokenizer with a bos_token",
             found="None",

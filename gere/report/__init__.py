@@ -26,7 +26,7 @@ class Report(NamedTuple):
 
 
 def make_report(folders: Sequence[Path]) -> Report:
-    """Read run folders, and report on them; the same files give the same bytes.
+    """Report on run folders; the same files give the same bytes.
 
     Args:
         folders: Folders of `gere sequence`, output folders of a `Trainer`, or both; at least one.
@@ -41,18 +41,18 @@ def make_report(folders: Sequence[Path]) -> Report:
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown, of a head and rows; every cell is shown as it is."""
-    head, *body = ([_escaped(cell) for cell in row] for row in rows)
-    lines = [head, ["---"] * len(head), *body]
+    """Write head and rows as a table of Markdown; every cell is shown as it is."""
+    lines = [[_escaped(cell) for cell in row] for row in rows]
+    lines.insert(1, ["---"] * len(lines[0]))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _escaped(cell: str) -> str:
-    """A cell without marks of Markdown or HTML in it; underscores within a word are none."""
+    # Underscores stay: within a word they are no mark of Markdown.
     plain = html.escape(" ".join(cell.split()), quote=False)
     return re.sub(r"([\\`*|\[\]])", r"\\\1", plain)
 
 
 def _writable(text: str) -> str:
-    """Text with a question mark for what UTF-8 does not have: half of a surrogate pair, as names may hold."""
+    # A name in JSON may hold half of a surrogate pair, which UTF-8 does not have.
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,7 @@
-"""Which pictures a report has, and what matplotlib draws in them: inline SVG in the colours of the page."""
+"""The pictures of a report: inline SVG by matplotlib in the colours of the page.
+
+If matplotlib is not installed, a `MissingPackageError` is raised as soon as there is something to draw.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +42,9 @@ SIZE = (6.1, 3.9)  # inches, of 72 units of the SVG each
 
 
 class Picture(NamedTuple):
-    """A picture and the words beside it.
+    """A picture, empty if there is nothing to draw, under a title that no other picture has, above a note.
 
-    Attributes:
-        title: Stands above it, and is that of no other picture.
-        svg: Inline SVG without any text of a run; empty if there is nothing to draw.
-        note: Stands below it; empty for none.
+    No text of a run is in the SVG: the page takes it unescaped.
     """
 
     title: str
@@ -53,17 +53,7 @@ class Picture(NamedTuple):
 
 
 def curves(prefix: str, runs: Sequence[Run], labels: Sequence[str], colours: Mapping[str, int]) -> list[Picture]:
-    """Draw a picture for each key of the logs with the curves of all runs that have it, the general loss first.
-
-    Args:
-        prefix: What the keys start with.
-        runs: All runs.
-        labels: Label of each run.
-        colours: Number of the colour of each name.
-
-    Raises:
-        MissingPackageError: If there is something to draw and matplotlib is not installed.
-    """
+    """Draw the curves of all runs for each key of the logs with this prefix, the general loss first."""
     keys = {key for run in runs for key in run.curves if key.startswith(prefix)}
     ordered = sorted(keys, key=lambda key: (key != GENERAL + LOSS, key))
     return [_curve(key, runs, labels, colours) for key in ordered]
@@ -78,20 +68,25 @@ def _curve(key: str, runs: Sequence[Run], labels: Sequence[str], colours: Mappin
             lines.append((colours[run.name], _thinned(points)))
         if len(points) < len(found):
             left.append(f"{label} ({len(found) - len(points)})")
-    title = f"{key} over optimizer steps"
-    svg, ends = "", {tuple(run.ends) for run in runs}
+    title, svg, note = f"{key} over optimizer steps", "", ""
     if lines:
         # Dotted lines where tasks end say nothing if the runs differ in that.
+        ends = {tuple(run.ends) for run in runs}
         marks = ends.pop() if len(ends) == 1 else ()
         svg = _svg(title, partial(_draw_lines, lines=lines, marks=marks, unit=UNITS.get(key, "")))
-    return Picture(title, svg, f"Values that are not finite are left out: {', '.join(left)}." if left else "")
+    if left:
+        note = f"Values that are not finite are left out: {', '.join(left)}."
+    return Picture(title, svg, note)
 
 
 def _thinned(points: Sequence[Place]) -> list[Place]:
-    """Means of as many neighbours as leave no more than `MOST_POINTS` points."""
+    """Average as many neighbours as leave no more than `MOST_POINTS` points."""
     size = math.ceil(len(points) / MOST_POINTS)
-    parts = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+    thinned = []
+    for start in range(0, len(points), size):
+        xs, ys = zip(*points[start : start + size], strict=True)
+        thinned.append((sum(xs) / len(xs), sum(ys) / len(ys)))
+    return thinned
 
 
 def _draw_lines(axes: Any, lines: Sequence[tuple[int, Sequence[Place]]], marks: Sequence[float], unit: str) -> None:
@@ -100,7 +95,7 @@ def _draw_lines(axes: Any, lines: Sequence[tuple[int, Sequence[Place]]], marks: 
         axes.set_yscale("log")
         axes.minorticks_off()
     for number, points in lines:
-        # Past the last colour they start again with dashes, as in the legend of the page.
+        # Past the last colour, colours start again with dashes, as in the legend of the page.
         dashes = "--" if number // len(COLOURS) % 2 else "-"
         marker = "o" if len(points) <= MARKED else ""
         colour = COLOURS[number % len(COLOURS)]
@@ -115,21 +110,16 @@ def _draw_lines(axes: Any, lines: Sequence[tuple[int, Sequence[Place]]], marks: 
 
 
 def trade_offs(groups: Sequence[Group], colours: Mapping[str, int]) -> Iterator[Picture]:
-    """Draw AP over general accuracy and over general loss, as far as runs at their end have them.
-
-    Args:
-        groups: All groups.
-        colours: Number of the colour of each name.
-
-    Raises:
-        MissingPackageError: If there is something to draw and matplotlib is not installed.
-    """
+    """Draw AP over general accuracy and over general loss, as far as runs at their end have them."""
     for about, x_name, measure in (
         ("general accuracy", "general accuracy (right is better)", ability),
         ("general loss", "general loss, nats a token (left is better)", _loss),
     ):
-        places = {colours[held.name]: _places(held, measure) for held in groups}
-        found = {number: both for number, both in places.items() if both[1]}
+        found = {}
+        for held in groups:
+            before, after = _places(held, measure)
+            if after:
+                found[colours[held.name]] = (before, after)
         if found:
             title = f"AP over {about}"
             yield Picture(title, _svg(title, partial(_draw_trade_off, found=found, x_name=x_name)))
@@ -140,10 +130,12 @@ def _loss(values: Mapping[str, float]) -> float:
 
 
 def _places(held: Group, measure: Measure) -> tuple[list[Place], list[Place]]:
-    """Where the models of a name were before training, each once, and after it; nothing if a run lacks a value."""
+    """Place the models of a name before training, each once, and after it; the latter only if all runs have values."""
     after = [(measure(run.general_now), figures(run)["AP"]) for run in held.runs]
     before = dict.fromkeys((measure(run.general_before), untouched(run)["AP"]) for run in held.runs)
-    return list(filter(_drawable, before)), after if all(map(_drawable, after)) else []
+    if not all(map(_drawable, after)):
+        after = []
+    return list(filter(_drawable, before)), after
 
 
 def _drawable(place: Place) -> bool:
@@ -169,21 +161,24 @@ def _draw_trade_off(axes: Any, found: Mapping[int, tuple[list[Place], list[Place
 
 
 def _limits(values: Sequence[float], means: Sequence[Interval]) -> Place:
-    """Both ends of an axis; a bar that would leave the points less than a third of it is cut at its edge."""
+    """Compute both ends of an axis; a bar that would leave the points less than a third of it is cut at its edge."""
     low, high = min(values), max(values)
-    room = high - low or math.inf
-    ends = [mean.mean + way * mean.half for mean in means for way in (-1, 1) if math.isfinite(mean.half)]
-    first = min([low, *(max(end, low - room) for end in ends)])
-    last = max([high, *(min(end, high + room) for end in ends)])
+    room = high - low or math.inf  # points in one place take any bar
+    first, last = low, high
+    for mean in means:
+        if math.isfinite(mean.half):
+            first = min(first, max(mean.mean - mean.half, low - room))
+            last = max(last, min(mean.mean + mean.half, high + room))
     margin = 0.05 * (last - first) or 0.1 * abs(last) or 1.0
     return first - margin, last + margin
 
 
 def _svg(title: str, draw: Callable[[Any], None]) -> str:
-    """Inline SVG of the axes that `draw` fills."""
-    matplotlib, style, figures = (_module(name) for name in ("matplotlib", "matplotlib.style", "matplotlib.figure"))
+    """Return inline SVG of the axes that `draw` fills."""
+    matplotlib, style, figures = map(_module, ("matplotlib", "matplotlib.style", "matplotlib.figure"))
     # The default style first: what a user has set for matplotlib would change the bytes of the page.
     with style.context("default"), matplotlib.rc_context(SETTINGS):
+        # `pyplot` would keep the figure, and choose a backend for the whole process.
         figure = figures.Figure(figsize=SIZE, layout="constrained")
         draw(figure.add_subplot())
         stream = io.StringIO()
@@ -198,7 +193,7 @@ def _svg(title: str, draw: Callable[[Any], None]) -> str:
 
 
 def _module(name: str) -> Any:
-    """A module of matplotlib, which takes a while to import and is not needed for a page without pictures."""
+    """Import a module of matplotlib, which takes a while and is not needed for a page without pictures."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,20 @@ Curves = dict[str, dict[float, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run folder.
+    """One run folder: a sequence of T tasks of which R are trained, or a plain training without tasks and seed.
 
     Attributes:
-        folder: As it was named.
         name: What its seeds have in common: `name` of `sequence.json`, or the name of the folder.
-        seed: Its seed; `None` for a plain training.
-        tasks: Names of the T tasks; none for a plain training.
-        scores: Accuracy after each of the R tasks that were trained, on each task: (R, T), NaN where not evaluated.
-        invalid: Share of invalid answers, of the same shape.
+        scores: Accuracy after each trained task on each task, (R, T), NaN where not evaluated.
+        invalid: Share of invalid answers, (R, T).
         before: Accuracy of the untouched model, (T,).
         before_invalid: Share of its invalid answers, (T,).
         joint: Whether all tasks were trained at once (R is at most 1), as an upper bound.
         general_before: General ability of the untouched model, by name without `general/`.
-        general_now: The same after the last task that was trained, or at the last step.
+        general_now: The same after the last trained task, or at the last step.
         curves: Values over the optimizer steps: by log key, then by step.
-        ends: Last step of each task that was trained, up to the first one without a log.
-        state: How far it is, if it is not at its end; empty otherwise.
+        ends: Last step of each trained task, up to the first one without a log.
+        state: How far it is; empty at its end.
     """
 
     folder: Path
@@ -58,20 +55,26 @@ class Run:
 def labels_of(runs: Sequence[Run]) -> list[str]:
     """Give each run a label that no other has: its name, with its seed or its folder where that is needed."""
     names = Counter(run.name for run in runs)
-    labels = [run.name if names[run.name] == 1 or run.seed is None else f"{run.name}, seed {run.seed}" for run in runs]
+    labels = [run.name for run in runs]
+    for index, run in enumerate(runs):
+        if names[run.name] > 1 and run.seed is not None:
+            labels[index] = f"{run.name}, seed {run.seed}"
     again = Counter(labels)
-    return [label if again[label] == 1 else f"{label} ({run.folder})" for label, run in zip(labels, runs, strict=True)]
+    for index, run in enumerate(runs):
+        if again[labels[index]] > 1:
+            labels[index] += f" ({run.folder})"
+    return labels
 
 
 def add_log(curves: Curves, log: Mapping[str, Any], step: float) -> None:
     """Add what a log says of replay and general ability; a step that is logged again counts as it was last."""
-    for key, value in _numbers(log, (GENERAL, REPLAY)).items():
+    for key, value in _numbers(log, GENERAL, REPLAY).items():
         curves.setdefault(key, {})[step] = value
 
 
 def general_of(log: Mapping[str, Any]) -> dict[str, float]:
-    """Values of general ability that a log has, by name without `general/`."""
-    return {key.removeprefix(GENERAL): value for key, value in _numbers(log, (GENERAL,)).items()}
+    """Return the values of general ability in a log, by name without `general/`."""
+    return {key.removeprefix(GENERAL): value for key, value in _numbers(log, GENERAL).items()}
 
 
 def number(value: object) -> float | None:
@@ -80,16 +83,16 @@ def number(value: object) -> float | None:
         return None
     try:
         return float(value)
-    except OverflowError:
+    except OverflowError:  # JSON has integers of any size
         return math.inf
 
 
-def _numbers(log: Mapping[str, Any], prefixes: tuple[str, ...]) -> dict[str, float]:
-    found = {key: number(log[key]) for key in _measures(log) if key.startswith(prefixes)}
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _measures(keys: Iterable[str]) -> list[str]:
-    """Keys without those of the standard errors and changes of other keys."""
-    present = set(keys)
-    return [key for key in keys if not any(key.endswith(end) and key.removesuffix(end) in present for end in DERIVED)]
+def _numbers(log: Mapping[str, Any], *prefixes: str) -> dict[str, float]:
+    """Return the numbers of a log under some prefixes, without standard errors and changes of other keys."""
+    found = {}
+    for key in log:
+        derived = any(key.endswith(end) and key.removesuffix(end) in log for end in DERIVED)
+        value = number(log[key])
+        if key.startswith(prefixes) and not derived and value is not None:
+            found[key] = value
+    return found

@@ -18,14 +18,9 @@ _WORD = 2**64 - 1
 
 
 class Slot(NamedTuple):
-    """A flat index, and what the ranks hold together in the micro-step that it belongs to.
+    """A flat index, and the task and replay rows of its micro-step over all ranks.
 
     Every rank reads the same plan, so that all of them call the model equally often without asking each other.
-
-    Attributes:
-        place: Flat index of the row.
-        task_rows: Task rows of the micro-step over all ranks.
-        replay_rows: Replay rows, likewise.
     """
 
     place: int
@@ -34,7 +29,7 @@ class Slot(NamedTuple):
 
 
 def parent_order(sampler: Any, seed: int) -> Callable[[int], list[int]] | None:
-    """Order of the task rows that a parent's sampler gives, as a function of the epoch.
+    """Return the order of the task rows that a parent's sampler gives, as a function of the epoch.
 
     Args:
         sampler: A sampler with a length. A generator that it has, or could have, is seeded by (seed, epoch).
@@ -43,16 +38,16 @@ def parent_order(sampler: Any, seed: int) -> Callable[[int], list[int]] | None:
     Returns:
         `None` for an ordinary random sampler, whose order is a permutation like any other.
     """
+    # A part of the rows, or rows with repetition, are no permutation: only the sampler itself can draw them.
     whole = isinstance(sampler, RandomSampler) and not sampler.replacement
     if whole and len(sampler) == len(sampler.data_source):
         return None
 
     def order(epoch: int) -> list[int]:
+        # A sampler draws from the global generator otherwise, which a resumed run finds in another state.
         if hasattr(sampler, "generator"):
-            words = np.random.SeedSequence([part & _WORD for part in (seed, _TASK, epoch)]).generate_state(
-                1, np.uint64
-            )
-            sampler.generator = torch.Generator().manual_seed(int(words[0]) >> 1)
+            word = _seeds(seed, _TASK, epoch).generate_state(1, np.uint64)[0]
+            sampler.generator = torch.Generator().manual_seed(int(word) >> 1)
         if callable(getattr(sampler, "set_epoch", None)):
             sampler.set_epoch(epoch)
         return [int(index) for index in sampler]
@@ -63,7 +58,7 @@ def parent_order(sampler: Any, seed: int) -> Callable[[int], list[int]] | None:
 def replay_stream(
     num_replay: int, seed: int, start: int, lengths: np.ndarray | None = None, rows_per_step: int = 1
 ) -> Iterator[int]:
-    """Replay rows from a position of the endless sequence of whole permutations of the replay set.
+    """Yield replay rows from a position of the endless sequence of whole permutations of the replay set.
 
     Args:
         num_replay: Replay rows in all.
@@ -72,13 +67,14 @@ def replay_stream(
         lengths: Length of each row, int [num_replay], to give the rows of a step similar ones; `None` for any order.
         rows_per_step: Rows of a step; position 0 begins one.
     """
-    for number in itertools.count(start // num_replay):
-        order = _permutation((seed, _REPLAY, number), num_replay)
+    first, skip = divmod(start, num_replay)
+    for number in itertools.count(first):
+        order = _permutation(num_replay, seed, _REPLAY, number)
         if lengths is not None:
             sizes = step_sizes(num_replay, number, rows_per_step)
-            order = grouped(order, lengths, sizes, _permutation((seed, _PLACES, number), len(sizes)))
-        skip = start % num_replay if number == start // num_replay else 0
-        yield from (int(row) for row in order[skip:])
+            order = grouped(order, lengths, sizes, _permutation(len(sizes), seed, _PLACES, number))
+        yield from order[skip:].tolist()
+        skip = 0
 
 
 def added_rows(
@@ -93,15 +89,15 @@ def added_rows(
     lengths: np.ndarray | None = None,
     rows_per_step: int | None = None,
 ) -> list[list[list[int]]]:
-    """Replay rows that are added to the batches of one optimizer step, where they cannot replace task rows.
+    """Choose replay rows that are added to the batches of one optimizer step, where they cannot replace task rows.
 
-    They fill whole micro-steps from the end, one after another, so that as few as possible hold both kinds.
+    They fill whole micro-steps from the end, so that as few as possible hold both kinds.
 
     Args:
         num_replay: Replay rows in all.
-        replay_per_batch: Replay rows of a step over all ranks.
+        replay_per_batch: Replay rows of this step over all ranks.
         seed: Seed of their order.
-        start: Place of the first one in the endless sequence of permutations.
+        start: Position of the first one in `replay_stream`.
         micro_steps: Micro-steps of this step.
         micro_batch_size: Rows of one forward pass on one rank.
         world_size: Number of ranks.
@@ -121,22 +117,20 @@ def added_rows(
     if lengths is not None:
         rows = by_length(rows, lengths)
     width = max(micro_batch_size * world_size, -(-replay_per_batch // micro_steps))
-    last = [rows[start : start + width] for start in range(0, replay_per_batch, width)]
-    steps: list[list[int]] = [[] for _ in range(micro_steps - len(last))] + last[::-1]
-    return [[step_rows[rank::world_size] for rank in range(world_size)] for step_rows in steps]
+    filled = [rows[first : first + width] for first in range(0, replay_per_batch, width)]
+    # Reversed, so that the micro-step that is not full comes first: the one that holds both kinds.
+    steps: list[list[int]] = [[] for _ in range(micro_steps - len(filled))] + filled[::-1]
+    return [[step[rank::world_size] for rank in range(world_size)] for step in steps]
 
 
 class BatchInsertionSampler(Sampler[int]):
     """Put a fixed number of replay rows into every optimizer step.
 
     Task row i comes as i, replay row j as `num_task + j`. Every block of `batch_size` indices is one optimizer step.
-    Each epoch has every task row once; the last block is filled by wrapping round to the epoch's first rows. Replay
-    rows run through whole permutations of the replay set, one after another, across the epochs. Replay rows fill
-    whole micro-steps from the end of the block; what is left of them goes into one mixed micro-step, spread over the
-    ranks. With `replay_per_batch=0` all replay rows are shuffled into the epoch once.
-
-    A plain `Sampler`, because accelerate replaces every `RandomSampler`; no attribute is called `generator`, which
-    accelerate would seed.
+    Each epoch has every task row once. The last block is filled by wrapping round to the epoch's first rows. Replay
+    rows run through whole permutations of the replay set, one after another, across the epochs. They fill whole
+    micro-steps from the end of the block. The rest goes into one mixed micro-step, spread over the ranks. With
+    `replay_per_batch=0` all replay rows are shuffled into the epoch once.
 
     Args:
         num_task: Task rows.
@@ -161,6 +155,9 @@ class BatchInsertionSampler(Sampler[int]):
         (12, 2)
     """
 
+    # accelerate replaces every `RandomSampler`, and sets an attribute called `generator` on all ranks. So this is a
+    # plain `Sampler` without such an attribute.
+
     def __init__(
         self,
         num_task: int,
@@ -176,6 +173,10 @@ class BatchInsertionSampler(Sampler[int]):
         tasks_per_epoch: int | None = None,
         replay_lengths: Sequence[int] | np.ndarray | None = None,
     ) -> None:
+        if micro_batch_size is None:
+            micro_batch_size = batch_size // max(1, world_size)
+        if tasks_per_epoch is None:
+            tasks_per_epoch = num_task
         self.num_task = num_task
         self.num_replay = num_replay
         self.batch_size = batch_size
@@ -183,9 +184,10 @@ class BatchInsertionSampler(Sampler[int]):
         self.seed = seed
         self.epoch = epoch
         self.world_size = world_size
-        self.micro_batch_size = batch_size // max(1, world_size) if micro_batch_size is None else micro_batch_size
+        self.micro_batch_size = micro_batch_size
+        self._width = micro_batch_size * world_size
         self.task_order = task_order
-        self.tasks_per_epoch = num_task if tasks_per_epoch is None else tasks_per_epoch
+        self.tasks_per_epoch = tasks_per_epoch
         self.replay_lengths = None if replay_lengths is None else np.asarray(replay_lengths, dtype=np.int64)
         self._check()
 
@@ -201,62 +203,64 @@ class BatchInsertionSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Exactly the number of indices that an iteration yields."""
+        """Count the indices that an iteration yields."""
         return self.blocks_per_epoch * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         """Yield the flat indices of the current epoch."""
         blocks = self._inserted_blocks() if self.replay_per_batch else self._shuffled_blocks()
         for task_rows, replay_rows in blocks:
-            rows = replay_rows if self.replay_lengths is None else by_length(replay_rows, self.replay_lengths)
-            yield from self._place(task_rows, [row + self.num_task for row in rows])
+            if self.replay_lengths is not None:
+                replay_rows = by_length(replay_rows, self.replay_lengths)
+            yield from self._place(task_rows, [row + self.num_task for row in replay_rows])
 
     def slots(self) -> Iterator[Slot]:
         """Yield the flat indices of the current epoch, each with the plan of its micro-step."""
-        width = self.micro_batch_size * self.world_size
         rows = iter(self)
-        while step := list(itertools.islice(rows, width)):
+        while step := list(itertools.islice(rows, self._width)):
             replay = sum(index >= self.num_task for index in step)
-            yield from (Slot(index, len(step) - replay, replay) for index in step)
+            for index in step:
+                yield Slot(index, len(step) - replay, replay)
 
     def _inserted_blocks(self) -> Iterator[tuple[list[int], list[int]]]:
         replay_rows = self.replay_per_batch
-        task_rows = self.batch_size - replay_rows
         tasks = itertools.cycle(self._task_indices())
+        # The epochs share one stream. Each continues where the last one ended, and a resumed run finds its place.
         start = self.epoch * self.blocks_per_epoch * replay_rows
         replay = replay_stream(self.num_replay, self.seed, start, self.replay_lengths, replay_rows)
         for _ in range(self.blocks_per_epoch):
-            yield list(itertools.islice(tasks, task_rows)), list(itertools.islice(replay, replay_rows))
+            task_rows = list(itertools.islice(tasks, self.batch_size - replay_rows))
+            yield task_rows, list(itertools.islice(replay, replay_rows))
 
     def _shuffled_blocks(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Deal the epoch's replay rows over its positions; tasks keep their own order in the other positions."""
+        """Deal the epoch's replay rows over its positions. Task rows keep their order in the other positions."""
         tasks = itertools.cycle(self._task_indices())
         total = self.tasks_per_epoch + self.num_replay
-        kinds = _permutation((self.seed, _MIXED, self.epoch), total) >= self.tasks_per_epoch
+        kinds = _permutation(total, self.seed, _MIXED, self.epoch) >= self.tasks_per_epoch
         counts = np.add.reduceat(kinds, range(0, total, self.batch_size), dtype=np.int64)
-        order = _permutation((self.seed, _REPLAY, self.epoch), self.num_replay)
+        order = _permutation(self.num_replay, self.seed, _REPLAY, self.epoch)
         if self.replay_lengths is not None:
-            places = _permutation((self.seed, _PLACES, self.epoch), len(counts))
+            places = _permutation(len(counts), self.seed, _PLACES, self.epoch)
             order = grouped(order, self.replay_lengths, counts, places)
-        replay = iter(order)
-        for count in counts:
-            rows = [int(row) for row in itertools.islice(replay, count)]
-            yield list(itertools.islice(tasks, self.batch_size - int(count))), rows
+        replay = iter(order.tolist())
+        for count in counts.tolist():
+            replay_rows = list(itertools.islice(replay, count))
+            yield list(itertools.islice(tasks, self.batch_size - count)), replay_rows
 
     def _task_indices(self) -> list[int]:
         if self.task_order is not None:
-            return [int(index) for index in self.task_order(self.epoch)]
-        return [int(index) for index in _permutation((self.seed, _TASK, self.epoch), self.num_task)]
+            return list(map(int, self.task_order(self.epoch)))
+        return _permutation(self.num_task, self.seed, _TASK, self.epoch).tolist()
 
     def _place(self, task_rows: list[int], replay_rows: list[int]) -> list[int]:
         """Order one block so that at most one micro-step holds both kinds."""
-        width = self.micro_batch_size * self.world_size
-        mixed = len(replay_rows) % width
+        mixed = len(replay_rows) % self._width
         if not mixed:
             return task_rows + replay_rows
-        pure_tasks = len(task_rows) // width * width
+        pure_tasks = len(task_rows) // self._width * self._width
         block = task_rows[:pure_tasks]
         tasks, replay = iter(task_rows[pure_tasks:]), iter(replay_rows)
+        # Shares differ by one row at most, so that no rank waits long for another.
         for rank in range(self.world_size):
             share = mixed // self.world_size + (rank < mixed % self.world_size)
             block += itertools.islice(tasks, self.micro_batch_size - share)
@@ -264,15 +268,17 @@ class BatchInsertionSampler(Sampler[int]):
         return block + list(replay)
 
     def _check(self) -> None:
-        width = self.micro_batch_size * self.world_size
+        width = self._width
         fits = width > 0 and self.batch_size > 0 and self.batch_size % width == 0
         least = min(1, self.replay_per_batch)
-        measured = self.num_replay if self.replay_lengths is None else len(self.replay_lengths)
         most = self.batch_size - 1
         _require(self.tasks_per_epoch > 0, "train_dataset", "at least 1 task row", self.tasks_per_epoch)
         _require(fits, "batch_size", f"a multiple of {width} rows (micro-batch x ranks), at least 1", self.batch_size)
         _require(self.num_replay >= least, "num_replay", f"at least {least} replay rows", self.num_replay)
-        _require(measured == self.num_replay, "replay_lengths", f"one for each of {self.num_replay} rows", measured)
+        if self.replay_lengths is not None:
+            measured = len(self.replay_lengths)
+            each = f"one for each of {self.num_replay} rows"
+            _require(measured == self.num_replay, "replay_lengths", each, measured)
         fewer = f"from 0 to {most}, since an optimizer step has {self.batch_size} rows"
         _require(0 <= self.replay_per_batch <= most, "num_interpolate_per_batch", fewer, self.replay_per_batch)
 
@@ -288,5 +294,11 @@ def _require(ok: bool, where: str, expected: str, found: int) -> None:
         )
 
 
-def _permutation(key: tuple[int, int, int], size: int) -> np.ndarray:
-    return np.random.default_rng(np.random.SeedSequence([part & _WORD for part in key])).permutation(size)
+def _permutation(size: int, *key: int) -> np.ndarray:
+    # A generator for each call: the order depends on its key alone, and not on what was drawn before.
+    return np.random.default_rng(_seeds(*key)).permutation(size)
+
+
+def _seeds(*key: int) -> np.random.SeedSequence:
+    # `SeedSequence` refuses negative numbers, which a `data_seed` may be.
+    return np.random.SeedSequence([part & _WORD for part in key])

@@ -1,4 +1,4 @@
-"""Which anchor a training belongs to: named by the user, a checkpoint or a loaded model, or built from the model itself."""
+"""Which anchor a training belongs to: one that is named, or one that is built from the model itself."""
 
 from __future__ import annotations
 
@@ -75,12 +75,11 @@ def find_anchor(
         settings: What the user asks for.
         model: The model that is about to be trained.
         replay: The replay set.
-        checkpoint: The checkpoint that training resumes from. Its weights are loaded already, so that no anchor can be
-            built.
+        checkpoint: The checkpoint that training resumes from. Its weights are loaded, so no anchor can be built.
         progress: Show a progress bar.
 
     Raises:
-        ConfigError: If the strategy asks for layers that the model does not have, or for a live base that is not there.
+        ConfigError: If the strategy asks for layers that the model lacks, or for a live base that is not there.
         ReplaySetError: If the replay set does not fit the model.
         CacheError: If the anchor is missing, damaged, or belongs to something else.
         RankFailedError: If another process failed.
@@ -148,15 +147,10 @@ def _require_live_base(model: nn.Module) -> None:
 
 def _fields(strategy: Strategy, model: ReadyModel, replay: ReplaySet, *, weights_moved: bool) -> dict[str, str]:
     """What the anchor depends on, in the order in which a difference is reported."""
-    weights = {} if weights_moved else {"weights": weights_digest(model.inner, model.ranks)}
-    return {
-        "strategy": strategy.field,
-        "architecture": architecture_digest(model.inner),
-        **weights,
-        **replay.fields,
-        **strategy.fields,
-        "dtype": model.dtype,
-    }
+    fields = {"strategy": strategy.field, "architecture": architecture_digest(model.inner)}
+    if not weights_moved:
+        fields["weights"] = weights_digest(model.inner, model.ranks)
+    return {**fields, **replay.fields, **strategy.fields, "dtype": model.dtype}
 
 
 def _require_fit(model: Any, replay: ReplaySet) -> None:
@@ -186,4 +180,5 @@ def precision_name(mixed_precision: str, tf32: bool | None) -> str:
         >>> precision_name("bf16", True)
         'mixed precision bf16, tf32'
     """
-    return f"mixed precision {mixed_precision}{', tf32' if tf32 else ''}"
+    name = f"mixed precision {mixed_precision}"
+    return f"{name}, tf32" if tf32 else name

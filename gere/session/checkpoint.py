@@ -68,9 +68,9 @@ def read_weight(folder: Path | None) -> dict[str, Any]:
 
 
 def _read(folder: Path | None, name: str, fix: str) -> dict[str, Any]:
-    path = folder / name if folder is not None else None
-    if path is None or not path.is_file():
+    if folder is None or not (folder / name).is_file():
         return {}
+    path = folder / name
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or not content:

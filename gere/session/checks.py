@@ -54,7 +54,7 @@ def refuse_settings(trainer: Any) -> None:
 def refuse_reentrant(trainer: Any, model: nn.Module, *, mixes: bool, adding: bool) -> None:
     """Refuse reentrant checkpointing where a micro-step can hold task rows and replay rows.
 
-    Such a micro-step has two forward passes, and DDP and ZeRO take the second backward pass through a weight for a fault.
+    Such a micro-step has two forward passes. DDP and ZeRO take a second backward pass through a weight for a fault.
 
     Args:
         trainer: The trainer.

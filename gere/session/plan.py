@@ -49,7 +49,7 @@ class ReplaySettings:
         return {**values, "normalization": self.config.normalization_for(self.w_strategy)}
 
 
-def read_settings(
+def replay_settings(
     saving_dir: object, reuse: object, replay_per_batch: int | None, w_strategy: float | str, config: object
 ) -> ReplaySettings:
     """Check the five arguments of a trainer.

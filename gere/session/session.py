@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,11 @@ from gere.losses.weighting import RowWeight, make_weight
 from gere.model.batching import pad_rows, to_device
 from gere.model.forward import see
 from gere.model.states import StateReader
+from gere.replay.batch import RowCounts
 from gere.session.anchor import ReadyModel, find_anchor
 from gere.session.checkpoint import WEIGHT_FILE, read_weight
 from gere.session.meters import Meters
-from gere.session.plan import ReplayPlan
+from gere.session.plan import ReplayPlan, ReplaySettings
 from gere.session.step import MicroStep, StepShare
 
 
@@ -56,6 +58,13 @@ class ReplaySession:
     every_rank_calls: bool
     meters: Meters
 
+    def micro_step(self, rows: RowCounts, replay: Sequence[int]) -> MicroStep:
+        """What this rank runs in a micro-step: its replay rows, or a dummy row where other ranks wait for its call."""
+        waits = rows.all_replay and (self.every_rank_calls or not rows.all_task)
+        if waits and not replay:
+            return MicroStep([int(self.plan.lengths.argmin())], rows)
+        return MicroStep(replay, rows)
+
     def task_part(self, loss: Tensor, rows: int, share: StepShare) -> Tensor:
         """Weigh the parent's loss of a micro-batch; a dummy row (`rows` is 0) counts nothing."""
         if not rows:
@@ -75,7 +84,9 @@ class ReplaySession:
         batch = {name: to_device(part, self.device) for name, part in self._tokens(step.replay).items()}
         # DDP waits for one call of its wrapper in each backward pass. Where the parent calls it on task rows, replay
         # rows go through the model inside: their gradients meet those of the task rows before they are exchanged.
-        called = model if self.every_rank_calls or not step.rows.all_task else self.model
+        called = self.model
+        if self.every_rank_calls or not step.rows.all_task:
+            called = model
         seen = see(called, self.reader, batch["input_ids"], batch["attention_mask"])
         base_ce = to_device(self.anchor.base_ce[list(step.replay)], self.device)
         loss, sums = self.objective(seen, base_ce, self._targets(step.replay, seen.ids, seen.mask))
@@ -90,8 +101,10 @@ class ReplaySession:
 
     def _targets(self, rows: Sequence[int], ids: Tensor, mask: Tensor) -> Tensors:
         """What the strategy holds these rows to, [b, t, *]: from the anchor, or from the base model of today."""
+        if not self.strategy.measures:
+            return {}
         if self.strategy.live:
-            return self.base.targets(ids, mask) if self.strategy.measures else {}
+            return self.base.targets(ids, mask)
         stored = [self.anchor.targets(row) for row in rows]
         padded = {name: pad_sequence([row[name] for row in stored], batch_first=True) for name in stored[0]}
         return {name: to_device(values, self.device) for name, values in padded.items()}
@@ -112,8 +125,8 @@ def begin_session(
         plan: Settings and replay set.
         model: The model that is about to be trained.
         checkpoint: The checkpoint that training resumes from.
-        previous: Session of an earlier `train()` of this very model, whose weights have moved since: its anchor and its
-            weight are used again.
+        previous: Session of an earlier `train()` of this very model, whose weights have moved since. Its anchor and
+            its weight are used again.
         every_rank_calls: As in `ReplaySession`.
         progress: Show a progress bar.
 
@@ -130,6 +143,9 @@ def begin_session(
             weight.load_state_dict(read_weight(checkpoint), checkpoint / WEIGHT_FILE)
     else:
         anchor, strategy, base, weight = previous.anchor, previous.strategy, previous.base, previous.weight
+    distance_name = ""
+    if strategy.measures:
+        distance_name = settings.config.replay_strategy
     constants = {name: values.to(model.device) for name, values in anchor.constants.items()}
     return ReplaySession(
         plan=plan,
@@ -142,5 +158,35 @@ def begin_session(
         reader=StateReader(model.inner, strategy.layers),
         device=model.device,
         every_rank_calls=every_rank_calls,
-        meters=Meters(settings.config.replay_strategy if strategy.measures else "", model.device),
+        meters=Meters(distance_name, model.device),
     )
+
+
+class ReplayFacts(NamedTuple):
+    """What is known of the replay of a trainer.
+
+    Attributes:
+        active: Whether there is replay.
+        folder: Cache folder.
+        rows_per_step: Replay rows in each optimizer step over all ranks; 0 for no batch insertion.
+        texts: Texts of the replay set; `None` until the first data loader is made.
+        anchor: The anchor, with its `key` and `folder`; `None` until training begins.
+        weight: Weight of the distance before its cap; `None` until training begins, and where each row has its own.
+    """
+
+    active: bool
+    folder: Path
+    rows_per_step: int
+    texts: int | None
+    anchor: Anchor | None
+    weight: float | None
+
+
+def facts_of(settings: ReplaySettings, plan: ReplayPlan | None, session: ReplaySession | None) -> ReplayFacts:
+    """Put together what is known so far."""
+    facts = ReplayFacts(settings.active, settings.folder, settings.rows_per_step, None, None, None)
+    if plan is not None:
+        facts = facts._replace(texts=len(plan.replay.rows))
+    if session is not None:
+        facts = facts._replace(anchor=session.anchor, weight=session.weight.level)
+    return facts

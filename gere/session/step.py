@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from gere.errors import UnsupportedSettingError
+from gere.ranks import Ranks
 from gere.replay.batch import RowCounts
+from gere.sampler import added_rows
+from gere.session.plan import ReplayPlan
 
 
 class StepShare(NamedTuple):
@@ -68,6 +71,63 @@ class MicroStep(NamedTuple):
 
 
 NO_STEP = StepShare(0, 0, 1, None)
+
+
+def share_of(rows: Sequence[RowCounts], *, ranks: int, divisor: int | None, own_mean: bool) -> StepShare:
+    """How the parts of a step add up.
+
+    Args:
+        rows: Rows of each micro-step of this rank.
+        ranks: Number of ranks.
+        divisor: As in `StepShare`.
+        own_mean: Whether the parent's losses add up to a mean over the rows of this rank alone.
+    """
+    task = sum(counts.task for counts in rows)
+    all_task = sum(counts.all_task for counts in rows)
+    all_replay = sum(counts.all_replay for counts in rows)
+    own_share = 1.0
+    if own_mean and all_task:
+        own_share = task * ranks / all_task
+    return StepShare(all_task, all_replay, ranks, divisor, own_share)
+
+
+def added_parts(
+    plan: ReplayPlan, ranks: Ranks, *, seed: int, step: int, micro_steps: int, rows: int, accumulation: int
+) -> list[tuple[RowCounts, list[int]]]:
+    """Replay rows that are added to the batches of a step, by (seed, step, rank).
+
+    Args:
+        plan: Settings and replay set.
+        ranks: The processes of the run.
+        seed: Seed of the order of replay rows.
+        step: Optimizer steps before this one.
+        micro_steps: Micro-steps of this step.
+        rows: Task rows of a micro-step on a rank, as the trainer was told.
+        accumulation: Micro-steps of a whole step.
+
+    Returns:
+        For each micro-step its rows, and the replay rows of this rank.
+    """
+    wanted = plan.settings.rows_per_step
+    # The last step of an epoch can be shorter, and gets a part of the rows.
+    whole = max(accumulation, micro_steps)
+    shares = added_rows(
+        len(plan.replay.rows),
+        -(-wanted * micro_steps // whole),
+        seed=seed,
+        start=step * wanted,
+        micro_steps=micro_steps,
+        micro_batch_size=rows,
+        world_size=ranks.count,
+        lengths=plan.lengths,
+        rows_per_step=wanted,
+    )
+    parts = []
+    for by_rank in shares:
+        own = by_rank[ranks.index]
+        counts = RowCounts(rows, len(own), rows * ranks.count, sum(map(len, by_rank)))
+        parts.append((counts, own))
+    return parts
 
 
 class Steps:

@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "base_llms" / "llama-tiny-random"
 GENERAL = ROOT / "examples" / "data" / "general.jsonl"
 KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
-PARTS = ("gere_task", "gere_replay")
 LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all", "learning_rate": 1e-2}
 STEPS, REPLAY = 20, 3
 
@@ -50,18 +49,26 @@ def settings(folder: Path, gere: dict | None = None, **changes) -> dict:
 
 
 def record() -> list[dict]:
-    """Note the rows of every optimizer step from here on, as the model gets them."""
+    """Note the batches of every optimizer step from here on, and the rows of each call of the model that trains it."""
     from gere import GeReMixin
 
-    collect, steps = GeReMixin.get_batch_samples, []
+    collect, steps, watched = GeReMixin.get_batch_samples, [], []
+
+    def called(module, args, kwargs):
+        import torch
+
+        if torch.is_grad_enabled() and steps:
+            steps[-1]["calls"].append(len(kwargs.get("input_ids", args[0] if args else None)))
 
     @functools.wraps(collect)
     def watch(trainer, *args, **kwargs):
+        if trainer.model not in watched:
+            watched.append(trainer.model)
+            model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+            model.get_decoder().register_forward_pre_hook(called, with_kwargs=True)
         samples, items = collect(trainer, *args, **kwargs)
-        named = [sample["gere_rows"][:2] for sample in samples]
-        parts = [[len(sample[part]["input_ids"]) if part in sample else 0 for part in PARTS] for sample in samples]
-        tokens = [sample["gere_task"]["input_ids"].tolist() for sample in samples if "gere_task" in sample]
-        steps.append({"named": named, "parts": parts, "tokens": tokens, "trainer": trainer})
+        tokens = [sample["input_ids"].tolist() for sample in samples]
+        steps.append({"tokens": tokens, "calls": [], "trainer": trainer})
         return samples, items
 
     GeReMixin.get_batch_samples = watch
@@ -69,11 +76,11 @@ def record() -> list[dict]:
 
 
 def require_rows(steps: list[dict], task: int, replay: int) -> None:
-    """Every optimizer step had so many rows of each kind, by name and in truth."""
+    """Make sure that every optimizer step had these numbers of rows."""
     assert len(steps) == STEPS
     for step in steps:
-        assert [list(rows) for rows in step["named"]] == step["parts"]
-        assert [sum(kind) for kind in zip(*step["parts"], strict=True)] == [task, replay], step["parts"]
+        assert sum(map(len, step["tokens"])) == task
+        assert sum(step["calls"]) == task + replay, step["calls"]
 
 
 def require_order(steps: list[dict]) -> None:

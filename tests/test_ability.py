@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from benchmarks import olmo
 from benchmarks.ability import measure_of
-from benchmarks.olmo import olmo_questions
+from benchmarks.lib.olmo import olmo_questions
 from gere import GeneralAbilityCallback, GeReTrainer, general_loss
 from gere.errors import ConfigError, MissingPackageError, QuestionError, TokenizerError
 from gere.evaluation import Question, choice_accuracy, option_scores, read_questions

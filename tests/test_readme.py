@@ -161,9 +161,10 @@ def test_code_that_trains_nothing():
     assert config == GeReConfig(replay_dataset="general.jsonl"), "shows the defaults"
 
 
+@pytest.mark.slow
 def test_run_multi_gpu_on_two_processes_of_a_cpu(tmp_path):
     command = ["bash", str(ROOT / "run_multi_gpu.sh"), "--nproc", "2", "--cpu", "--", "--out", str(tmp_path / "out")]
-    small = "--steps 6 --warm-up-steps 0 --task-rows 40 --task-dev-rows 8 --replay-rows 20".split()
+    small = ["--steps=6", "--warm-up-steps=0", "--task-rows=40", "--task-dev-rows=8", "--replay-rows=20"]
     env = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run([*command, *small], capture_output=True, text=True, timeout=200, env=env)
     assert done.returncode == 0, done.stdout + done.stderr

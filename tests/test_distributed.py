@@ -80,7 +80,8 @@ def test_two_processes_follow_the_curve_of_one(tmp_path, alone, replay):
         assert [call["decoder"] for call in calls] == [20 * 5, 20 * 4]
 
 
-@pytest.mark.parametrize("strategy", ["tm", pytest.param("kl", marks=SLOW), pytest.param("l2", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["tm", "kl", "l2"])
 def test_the_weight_auto_and_every_strategy_on_two_processes(tmp_path, alone, strategy):
     """The first rows of all ranks together fix the weight; no rank knows another one's rows before.
 
@@ -132,6 +133,7 @@ def test_added_rows_on_two_processes(tmp_path, alone):
     assert all(rows.total() == 16 for rows in rows_by_step(ours, 0))
 
 
+@pytest.mark.slow
 def test_fsdp2_follows_the_curve_of_one(tmp_path, alone):
     """One rank has no replay row, and calls the model as often as the other."""
     ours = run(tmp_path, 2, strategy="fsdp2", replay=1)

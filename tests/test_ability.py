@@ -17,8 +17,8 @@ from conftest import DATA, load_tiny, read_jsonl
 from processes import run
 from transformers import Trainer, TrainerCallback
 
-from benchmarks import olmo
 from benchmarks.ability import measure_of
+from benchmarks.lib import olmo
 from benchmarks.lib.olmo import olmo_questions
 from gere import GeneralAbilityCallback, GeReTrainer, general_loss
 from gere.errors import ConfigError, MissingPackageError, QuestionError, TokenizerError

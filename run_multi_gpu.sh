@@ -2,7 +2,7 @@
 # bash run_multi_gpu.sh [--nproc N] [--strategy ddp|zero2|zero3|fsdp2] [--cpu] [--script FILE] [-- SCRIPT ARGUMENTS]
 #
 # Start examples/train_demo.py, or a script of your own, on several processes: accelerate launch with
-# examples/accelerate/STRATEGY.yaml. The default is DDP on all GPUs of this machine; --cpu is DDP on its CPU.
+# examples/accelerate/STRATEGY.yaml. The default is DDP on all GPUs of this machine; --cpu takes its CPU.
 # On several machines, set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT on each. They need no shared disk.
 # PYTHON names the interpreter (default: .venv-demo/bin/python if it exists, else python3).
 set -euo pipefail
@@ -31,14 +31,12 @@ while [ $# -gt 0 ]; do
 done
 [ -f "$script" ] || fail "there is no script $script"
 case "$strategy" in
-    ddp) ;;
-    zero2 | zero3 | fsdp2) [ -z "$cpu" ] || fail "$strategy needs GPUs; --cpu takes ddp" ;;
+    ddp) [ -z "$cpu" ] || strategy=cpu2 ;;
+    zero2 | zero3) ;;
+    fsdp2) [ -z "$cpu" ] || fail "fsdp2 needs GPUs, since accelerate takes it for ddp on a CPU" ;;
     *) fail "--strategy $strategy is none of ddp, zero2, zero3, fsdp2" ;;
 esac
-if [ -n "$cpu" ]; then
-    strategy=cpu2
-    export ACCELERATE_USE_CPU=true
-fi
+[ -z "$cpu" ] || export ACCELERATE_USE_CPU=true
 "$python" -c 'import torch' 2>/dev/null ||
     fail "$python has no torch; set PYTHON to the interpreter of your environment, or make demo first"
 if [ -z "$nproc" ]; then

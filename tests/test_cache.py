@@ -488,6 +488,17 @@ def test_a_disk_too_small_is_refused_before_the_work(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("part-*"))
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", '"\\ud800"', "[" * 500 + "]" * 500])
+def test_a_manifest_that_json_reads_and_nobody_writes(anchor, value):
+    stored, _ = anchor
+    path = stored.folder / "manifest.json"
+    path.write_text(
+        path.read_text(encoding="utf-8").replace('"weights": "w"', f'"weights": {value}'), encoding="utf-8"
+    )
+    with pytest.raises(CacheCorruptError, match=r"manifest\.json[\s\S]*next:"):
+        read_manifest(stored.folder)
+
+
 def test_manifest_names_what_it_is_anchored_to(anchor):
     stored, rows = anchor
     manifest = read_manifest(stored.folder)

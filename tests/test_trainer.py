@@ -16,7 +16,7 @@ from watching import Watch, train_logs
 
 from gere import GeReConfig, GeReSeq2SeqTrainer, GeReTrainer, gere_trainer
 from gere.cache.base_model import BaseModel
-from gere.errors import CacheMismatchError, ConfigError
+from gere.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from gere.losses.strategy import make_strategy
 
 KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
@@ -327,6 +327,19 @@ def test_saved_model_names_its_anchor_and_a_later_task_finds_it(make_trainer, tm
     moved = make_trainer(model=first.model, config={"anchor": first.replay.anchor.key})
     moved.train()
     assert moved.replay.anchor.key == first.replay.anchor.key
+
+
+@pytest.mark.parametrize("key", ["../task-1", "A" * 32, "0" * 31, "0" * 32 + "\n", "", None, 7, ["0" * 32]])
+def test_a_file_that_names_no_anchor_is_refused(make_trainer, model, tmp_path, key):
+    """A key is a folder's name; one that leads elsewhere must not be followed."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "task-1"
+    model.save_pretrained(folder)
+    (folder / "gere_anchor.json").write_text(json.dumps({"format_version": 1, "anchor": key}))
+    trainer = make_trainer(model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    with pytest.raises(CacheCorruptError, match=r"gere_anchor\.json[\s\S]*32 hexadecimal digits[\s\S]*next:"):
+        trainer.train()
 
 
 def test_a_tuned_model_cannot_become_the_base_by_accident(make_trainer, tmp_path):

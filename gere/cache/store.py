@@ -84,9 +84,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
         mismatch.fields = ("format_version",)
         raise mismatch
-    digest = sha256(canonical_json(content))
+    try:
+        digest = sha256(canonical_json(content))
+        sealed = _sealed(content, digest)
+    except (ValueError, TypeError, RecursionError) as error:  # what JSON reads but gere never writes, such as NaN
+        raise _corrupt(path, "a readable manifest", f"{type(error).__name__}: {error}") from error
     # Compare the bytes, since damaged white space would read as the same content.
-    if raw != _sealed(content, digest):
+    if raw != sealed:
         raise _corrupt(path, f"SHA-256 {expected}", digest)
     if content["key"] != key_of(content["fields"]):
         raise _corrupt(path, f"key {key_of(content['fields'])} of its fields", content["key"])

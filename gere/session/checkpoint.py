@@ -15,6 +15,7 @@ from gere.errors import CacheCorruptError, CacheFolderError, CacheMissingError, 
 
 ANCHOR_FILE, WEIGHT_FILE = "gere_anchor.json", "gere_weight.json"
 AUTO, LIVE = "auto", "live"
+KEY = re.compile("[0-9a-f]{32}")
 
 
 def write_key(folder: Path, key: str) -> None:
@@ -52,9 +53,11 @@ def read_key(folder: Path | None) -> str | None:
     content = _read(folder, ANCHOR_FILE, fix)
     if not content:
         return None
-    if "anchor" not in content:
-        raise _corrupt(Path(str(folder)) / ANCHOR_FILE, "no key 'anchor'", fix)
-    return str(content["anchor"])
+    key = content.get("anchor")
+    # The key becomes the name of a folder: nothing else may pass.
+    if not isinstance(key, str) or not KEY.fullmatch(key):
+        raise _corrupt(Path(str(folder)) / ANCHOR_FILE, f"'anchor': {key!r}, and no key of 32 hexadecimal digits", fix)
+    return key
 
 
 def read_weight(folder: Path | None) -> dict[str, Any]:
@@ -195,7 +198,7 @@ def _sure_key(folder: Path) -> str:
         key = read_key(folder)
     except OSError as error:
         _refuse(error)
-    if key is None or not re.fullmatch("[0-9a-f]{32}", key):
+    if key is None or not KEY.fullmatch(key):
         raise CacheCorruptError(
             "The file that names the anchor of a run names none.",
             where=folder / ANCHOR_FILE,

@@ -126,6 +126,9 @@ class Anchor:
         self._constants = [path for path in paths if path.name in CONSTANTS]
         self._shards = [path for path in paths if path.name not in (ROWS, *CONSTANTS)]
 
+    def __repr__(self) -> str:
+        return f"Anchor({str(self.folder)!r})"
+
     @cached_property
     def constants(self) -> dict[str, Tensor]:
         """Tensors that hold for all tokens, such as the bands of the regions; empty for a strategy without any."""

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import numbers
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
@@ -29,6 +30,8 @@ STRATEGIES = {
 NO_REPLAY = "none"
 SELF = "self"
 LAST, EVERY = "last", "every"
+AUTO = "auto"
+PAPER_SHARE = 4 / 64
 MOST_KEPT = 1024
 # High enough that `max_seq_length`, which other trainers had, is not taken for a misspelling of our `max_length`.
 RESEMBLES = 0.85
@@ -93,7 +96,21 @@ class GeReConfig:
         least=1,
         example=500,
     )
-    max_length: int = _setting(563, "Longest replay row in tokens. Longer texts are cut.", least=2)
+    replay_heldout: int = _setting(
+        64,
+        "Texts that are never replayed and only measured, evenly spread over the replay set, at most a tenth of it. 0 "
+        "measures nothing.",
+        least=0,
+    )
+    heldout_dataset: Any = _setting(
+        None,
+        "Measure on these texts in place of a part of the replay set: any source that replay_dataset takes, but "
+        '"self". Of more than replay_heldout texts, that many are taken, evenly spread.',
+        example="heldout.jsonl",
+    )
+    max_length: int = _setting(
+        563, "Longest replay row and longest held-out text in tokens. Longer texts are cut.", least=2
+    )
     add_bos: bool | None = _setting(
         None,
         "Begin each row with the BOS token (True), or add no special token (False). By default the tokenizer decides.",
@@ -187,6 +204,10 @@ class GeReConfig:
         quantiles = (self.lower_quantile, self.upper_quantile)
         ordered = all(map(_finite, quantiles)) and 0 < quantiles[0] < quantiles[1] < 1
         require(ordered, "gere_config.lower_quantile, upper_quantile", "0 < lower < upper < 1", quantiles)
+        measured = self.heldout_dataset is None or self.replay_heldout > 0
+        require(measured, "gere_config.replay_heldout", "above 0 with a heldout_dataset", self.replay_heldout)
+        where, texts = "gere_config.heldout_dataset", 'texts that nobody trained on, and not "self"'
+        require(not isinstance(self.heldout_dataset, str) or self.heldout_dataset != SELF, where, texts, SELF)
         value = self.self_top_p
         require(_finite(value) and 0 < value <= 1, "gere_config.self_top_p", "a number above 0, at most 1", value)
 
@@ -212,9 +233,10 @@ class _TrainerArguments:
     reuse_gere_hidden_state: bool = _setting(
         True, "Reuse an existing anchor. False rebuilds it at every start; other anchors in the folder are kept."
     )
-    num_interpolate_per_batch: int | None = _setting(
-        None,
-        "Replay rows in each optimizer step, over all ranks and accumulation steps. By default, and with 0, the "
+    num_interpolate_per_batch: int | float | str | None = _setting(
+        AUTO,
+        "Replay rows in each optimizer step, over all ranks and accumulation steps: a number, or a share of the step "
+        'such as 0.1. "auto" is the share of the paper, 4 of 64; a share gives one row at least. With 0 or None the '
         "replay set is shuffled into each epoch once.",
         example=4,
     )
@@ -232,6 +254,8 @@ _TYPES = {
     **get_type_hints(_TrainerArguments),
     **get_type_hints(GeReConfig),
     "replay_dataset": str | None,
+    "heldout_dataset": str | None,
+    "num_interpolate_per_batch": str | None,
     "layers": str,
 }
 
@@ -310,8 +334,8 @@ def kwargs_of_section(section: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     for key in section:
         require_known(key, [*TRAINER_FIELDS, *CONFIG_FIELDS], where, "A replay setting")
-    parse_weight(section.get("w_strategy", "auto"))
-    parse_replay_per_batch(section.get("num_interpolate_per_batch"))
+    parse_weight(section.get("w_strategy", AUTO))
+    parse_replay_per_batch(section.get("num_interpolate_per_batch", AUTO))
     kwargs = {name: section[name] for name in TRAINER_FIELDS if name in section}
     config = {name: section[name] for name in CONFIG_FIELDS if name in section}
     return {**kwargs, "gere_config": GeReConfig(**config)}
@@ -406,11 +430,43 @@ def parse_layers(layers: str | Sequence[int], depth: int | None) -> tuple[int, .
     return tuple(sorted(chosen))
 
 
-def parse_replay_per_batch(num_interpolate_per_batch: int | None) -> int:
-    """Read `num_interpolate_per_batch`; 0 means no batch insertion, as `None` does."""
-    if num_interpolate_per_batch is None:
+def parse_replay_per_batch(num_interpolate_per_batch: int | float | str | None) -> int | float:
+    """Read `num_interpolate_per_batch`, also as the string of a command line.
+
+    Returns:
+        A whole number of rows, 0 for no batch insertion; or, as a float between 0 and 1, the share of a step.
+    """
+    value: Any = num_interpolate_per_batch
+    if value == AUTO:
+        return PAPER_SHARE
+    if isinstance(value, str):
+        value = None if value in ("none", "None") else _number_in(value)
+    if value is None:
         return 0
-    return _whole(num_interpolate_per_batch, 0, "num_interpolate_per_batch", "a whole number >= 0, or None")
+    if isinstance(value, numbers.Real) and 0 < float(value) < 1:
+        return float(value)
+    expected = '"auto", a whole number >= 0, a share between 0 and 1, or None'
+    return _whole(value, 0, "num_interpolate_per_batch", expected)
+
+
+def _number_in(text: str) -> object:
+    """Return the number that a text stands for; the text itself if it stands for none."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def replay_rows(wanted: int | float, rows: int) -> int:
+    """Return the replay rows of a step of so many rows: `wanted` as `parse_replay_per_batch` gives it.
+
+    Example:
+        >>> replay_rows(0.0625, 64), replay_rows(0.0625, 8), replay_rows(3, 8)
+        (4, 1, 3)
+    """
+    if isinstance(wanted, int):
+        return wanted
+    return max(1, round(wanted * rows))
 
 
 def _checked(value: Any, where: str, rules: Mapping[str, Any]) -> Any:

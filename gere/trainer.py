@@ -5,7 +5,6 @@ The states of the base model are in `gere.cache`, the losses in `gere.losses`, b
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -19,8 +18,11 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from gere import _compat
-from gere.config import GeReConfig, refuse_unknown_arguments, require
+from gere._log import logger, say
+from gere.config import AUTO, GeReConfig, refuse_unknown_arguments, replay_rows, require
 from gere.evaluation import GeneralAbilityCallback
+from gere.evaluation.callback import AtTheEnd
+from gere.evaluation.general import CHANGE
 from gere.model.adapters import refuse_unanchorable
 from gere.model.sharded import is_sharded
 from gere.replay.batch import MicroBatch, MixedCollator, MixedDataset, RowCounts, unpacked
@@ -28,17 +30,18 @@ from gere.sampler import BatchInsertionSampler, parent_order
 from gere.session import checks, policy
 from gere.session.anchor import ReadyModel, precision_name, strategy_of
 from gere.session.callbacks import ReplayCallback
-from gere.session.checkpoint import loaded_key, read_key, write_key, write_weight
+from gere.session.checkpoint import loaded_key, read_key, remember, write_key, write_weight
+from gere.session.heldout import HeldOut
 from gere.session.plan import ReplayPlan, make_plan, replay_settings
-from gere.session.session import ReplayFacts, ReplaySession, begin_session, facts_of
+from gere.session.session import ReplaySession, begin_session
 from gere.session.step import Steps, added_parts, share_of
+from gere.session.summary import ReplayFacts, append_to_card, facts_of, opening
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Parent
 else:
     _Parent = object
 
-logger = logging.getLogger("gere")
 OWN_LOADER = "the trainer makes its own data loader"
 
 
@@ -49,8 +52,9 @@ class GeReMixin(_Parent):
         *args: Arguments of the parent trainer.
         gere_hidden_state_saving_dir: Folder of the anchor, the base model's regions and losses on the replay set.
         reuse_gere_hidden_state: Reuse an anchor that is there; `False` rebuilds it.
-        num_interpolate_per_batch: Replay rows in each optimizer step over all ranks. `None` or 0 for no batch
-            insertion: the replay set is shuffled into each epoch once.
+        num_interpolate_per_batch: Replay rows in each optimizer step over all ranks: a number, a share of the step, or
+            `"auto"` for the share of the paper, 4 of 64. `None` or 0 for no batch insertion: the replay set is
+            shuffled into each epoch once.
         w_strategy: Weight of the distance: `"auto"`, a number (or its string), or `"dy"` to follow the cross-entropy.
         gere_config: All other settings.
         **kwargs: Keyword arguments of the parent trainer; `tokenizer=` is taken as `processing_class=`.
@@ -70,7 +74,7 @@ class GeReMixin(_Parent):
         *args: Any,
         gere_hidden_state_saving_dir: str | Path = "./gere_saving",
         reuse_gere_hidden_state: bool = True,
-        num_interpolate_per_batch: int | None = None,
+        num_interpolate_per_batch: int | float | str | None = AUTO,
         w_strategy: float | str = "auto",
         gere_config: GeReConfig | None = None,
         **kwargs: Any,
@@ -91,12 +95,14 @@ class GeReMixin(_Parent):
             # A subclass of this one has its own loss, which knows task rows alone. Replay goes around it.
             self.compute_loss = partial(self._gere_loss, partial(type(self).compute_loss, self))  # type: ignore[method-assign]
         self.add_callback(ReplayCallback(self._gere_begin, self._gere_steps.close, self._gere_end_step))
+        self.callback_handler.callbacks.insert(0, AtTheEnd(self._gere_finish))
 
     @property
     def replay(self) -> ReplayFacts:
         """What is known of the replay now."""
         # The plan is a cached property: asking for it here would read the texts.
-        return facts_of(self._gere, self.__dict__.get("_gere_plan"), self._gere_session)
+        plan = self.__dict__.get("_gere_plan")
+        return facts_of(self._gere, self._gere_rows, plan, self._gere_session, self.state.log_history)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the parent does; a checkpoint names the anchor of its run."""
@@ -106,9 +112,8 @@ class GeReMixin(_Parent):
         self._gere_checkpoint = None
         if checkpoint:
             self._gere_checkpoint = Path(str(checkpoint))
-        for callback in list(self.callback_handler.callbacks):
-            if isinstance(callback, GeneralAbilityCallback):
-                callback.bind(self)
+        for callback in self._gere_abilities():
+            callback.bind(self)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @cached_property
@@ -128,7 +133,7 @@ class GeReMixin(_Parent):
             return super().get_train_dataloader()
         checks.refuse_settings(self)
         plan = self._gere_plan
-        why = policy.why_added(self, self._gere.config.replay_mode)
+        why = policy.why_added(self, self._gere)
         if why is None:
             task, collator = _compat.without_unused_columns(self)
             with self._gere_data(task, self.data_collator):
@@ -155,13 +160,18 @@ class GeReMixin(_Parent):
         self._gere_add_from_now_on(OWN_LOADER)
         return super().get_train_dataloader()
 
+    @property
+    def _gere_rows(self) -> int:
+        """Replay rows of a step: a share follows the batch, which `auto_find_batch_size` may shrink."""
+        return replay_rows(self._gere.rows_per_step, policy.rows_of_step(self))
+
     def _gere_sampler(self, dataset: MixedDataset, parent: Any, plan: ReplayPlan) -> _EpochOfTrainer:
         ranks = self.accelerator.num_processes
         sampler = BatchInsertionSampler(
             dataset.num_task,
             dataset.num_replay,
-            batch_size=self._train_batch_size * ranks * self.args.gradient_accumulation_steps,
-            replay_per_batch=self._gere.rows_per_step,
+            batch_size=policy.rows_of_step(self),
+            replay_per_batch=self._gere_rows,
             seed=self._gere_seed,
             micro_batch_size=self._train_batch_size,
             world_size=ranks,
@@ -179,10 +189,10 @@ class GeReMixin(_Parent):
 
     def _gere_add_from_now_on(self, why: str) -> None:
         """Add replay rows to the batches, and replace none in them; say why, once."""
-        checks.require_addable(self._gere.config.replay_mode, self._gere.rows_per_step, why)
+        checks.require_addable(self._gere.config.replay_mode, self._gere_rows, why)
         if self.is_world_process_zero() and not self._gere_why_added:
             what = "Each optimizer step gets %d replay rows beside its task rows, and none is replaced, since %s."
-            logger.warning(what, self._gere.rows_per_step, why)
+            logger.warning(what, self._gere_rows, why)
         self._gere_why_added = why
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
@@ -219,6 +229,7 @@ class GeReMixin(_Parent):
         return added_parts(
             self._gere_plan,
             _compat.ranks_of(self),
+            wanted=self._gere_rows,
             seed=self._gere_seed,
             step=self.state.global_step,
             micro_steps=micro_steps,
@@ -283,7 +294,7 @@ class GeReMixin(_Parent):
         checks.refuse_settings(self)  # again, for a class whose own data loader went past ours
         inner = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         adding = bool(self._gere_why_added)
-        mixes = policy.may_mix(self, self._gere.rows_per_step, adding=adding)
+        mixes = policy.may_mix(self, self._gere_rows, adding=adding)
         checks.refuse_reentrant(self, inner, mixes=mixes, adding=adding)
         sharded = is_sharded(inner)
         model = ReadyModel(
@@ -306,9 +317,53 @@ class GeReMixin(_Parent):
             every_rank_calls=sharded or not policy.is_whole(policy.kind_of(self)),
             progress=self._gere_shows_progress,
         )
+        remember(inner, self._gere_session.anchor.key, self._gere_session.anchor.fields["weights"])
+        if self.is_world_process_zero():
+            say(opening(self._gere_session, policy.step_plan(self, self._gere_rows, added=adding)))
         if self.args.should_save:
             # A model that is saved past the trainer, or by a killed run, must not be taken for a base later.
             write_key(Path(str(self.args.output_dir)), self._gere_session.anchor.key)
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the parent does; the metrics of `evaluate()` have the change on held-out texts, too."""
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        heldout = self._gere_heldout()
+        if heldout is not None and description == "Evaluation":  # `predict()` comes here, too
+            change = heldout.measure_once(self.state.global_step) if self.is_in_train else heldout.measure()
+            self.log(change.logs)
+            output.metrics.update({f"eval_{name}": value for name, value in change.logs.items()})
+        return output
+
+    def _gere_heldout(self) -> HeldOut | None:
+        """What measures the held-out texts, unless a callback measures texts that the user chose."""
+        measures = [callback.measures_texts for callback in self._gere_abilities()]
+        if self._gere_session is None or any(measures):
+            return None
+        return self._gere_session.heldout
+
+    def _gere_abilities(self) -> list[GeneralAbilityCallback]:
+        return [
+            callback for callback in self.callback_handler.callbacks if isinstance(callback, GeneralAbilityCallback)
+        ]
+
+    def _gere_finish(self, *_: Any, **__: Any) -> None:
+        """Measure the trained model, and say what was kept."""
+        heldout = self._gere_heldout()
+        if heldout is not None:
+            change = heldout.measure()
+            if self.args.load_best_model_at_end or CHANGE not in self.state.log_history[-1]:
+                self.log(change.logs)
+        if self._gere_session is not None and self.is_world_process_zero():
+            summary = self.replay.summary()
+            self.state.log_history.append({"gere/summary": summary, "step": self.state.global_step})
+            say(f"gere: {summary}")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card as the parent does, with what was kept."""
+        super().create_model_card(*args, **kwargs)
+        card = Path(str(self.args.output_dir)) / "README.md"
+        if self._gere_session is not None and self.is_world_process_zero() and card.is_file():
+            append_to_card(card, self.replay)
 
     @property
     def _gere_shows_progress(self) -> bool:

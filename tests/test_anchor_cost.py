@@ -47,7 +47,7 @@ class Spy(BaseModel):
 def plan_of(model, rows, *, name="tm", device="cpu", batch_tokens=BATCH_TOKENS):
     strategy = make_strategy(name, {}, depth=model.config.num_hidden_layers, live=False, half=False)
     ready = ReadyModel(model, torch.device(device), torch.no_grad, "mixed precision no", ALONE)
-    return build_plan(batch_tokens, strategy, ready, ReplaySet(rows, 0, {}), {"texts": "t"})
+    return build_plan(batch_tokens, strategy, ready, ReplaySet(rows, [], 0, {}), {"texts": "t"})
 
 
 def make(folder, model, rows, name="tm"):

@@ -15,7 +15,7 @@ PACKAGE = Path(gere.__file__).parent
 # A part may import those that stand before its line.
 ORDER = (
     {"errors"},
-    {"config", "_files", "ranks"},
+    {"_log", "config", "_files", "ranks"},
     {"_compat", "losses", "sampler", "metrics"},
     {"model"},
     {"cache"},

@@ -103,7 +103,7 @@ def build(model: nn.Module, rows: Rows, folder: Path, clock: str, ranks: Ranks =
     ready = ReadyModel(model, device, torch.no_grad, "mixed precision no", ranks)
     strategy = Margin(depth=depth_of(model))
     fields = {"benchmark": "anchor"}
-    plan = build_plan(GeReConfig().anchor_batch_tokens, strategy, ready, ReplaySet(rows, 0, {}), fields)
+    plan = build_plan(GeReConfig().anchor_batch_tokens, strategy, ready, ReplaySet(rows, [], 0, {}), fields)
     base = BaseModel(model, 0, device, strategy)
     partial, leads = partial_folder(folder), ranks.index == 0
 

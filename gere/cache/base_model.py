@@ -24,10 +24,11 @@ HEAD_TOKENS, HEAD_TOKENS_OF_OTHERS = {"cpu": 128}, 1024
 
 
 class BaseModel:
-    """The base model as a function of replay rows: eval mode, no gradient, adapter disabled, training's autocast.
+    """The base model as a function of rows: eval mode, no gradient, adapter disabled, training's autocast.
 
     The model has no distributed wrapper. `autocast` makes the context in which training computes. With `whole`, only
-    the model as a whole is called, since its weights are spread over processes.
+    the model as a whole is called, since its weights are spread over processes. `shown` makes the context in which the
+    model is asked: `as_base`, or `as_trained` for what it is now.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class BaseModel:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         *,
         whole: bool = False,
+        shown: Callable[[nn.Module], AbstractContextManager[None]] = as_base,
     ) -> None:
         self._model: Any = model
         self._pad_id = pad_id
@@ -46,6 +48,7 @@ class BaseModel:
         self._strategy = strategy
         self._autocast = autocast
         self._whole = whole
+        self._shown = shown
         self._head: nn.Module | None = None
         self._checked = False
         self._reader = StateReader(model, strategy.layers)
@@ -79,7 +82,7 @@ class BaseModel:
     @contextmanager
     def _asking(self, ids: Tensor, mask: Tensor) -> Iterator[None]:
         """Show the base model and read its states; the first time, check with one row that they are the right ones."""
-        with as_base(self._model), self._autocast(), self._reader.reading():
+        with self._shown(self._model), self._autocast(), self._reader.reading():
             if not self._checked:
                 self._check(ids, mask)
             yield

@@ -54,8 +54,10 @@ def build_anchor(
         if plan.strategy.constants_file:
             noise = measure_noise(partial, plan, distil, ranks)
         parts = [Part(partial, number, batches, plan) for number, batches in enumerate(parts_of(plan, width))]
-        distil_parts(parts, plan, distil, ranks, progress=progress)
-        encode(partial, plan, parts, noise, ranks, leads=leads)
+        measured = plan.of_heldout()
+        heldout = [Part(partial, number, batches, measured) for number, batches in enumerate(parts_of(measured, 0))]
+        distil_parts([*parts, *heldout], plan, distil, ranks, progress=progress)
+        encode(partial, plan, parts, heldout, noise, ranks, leads=leads)
     # A disk that lacks what another one has complete gets a copy of that, by `spread_anchor`.
     done = leads and (complete[ranks.index] or not any(complete))
     ranks.only(done, lambda: _publish(partial, folder))

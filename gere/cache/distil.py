@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from gere._files import require_space, sha256, write_atomic
 from gere.cache.multi_node import deal
-from gere.cache.plan import BuildPlan, Distil, Distilled
+from gere.cache.plan import LOSSES_ONLY, BuildPlan, Distil, Distilled
 from gere.errors import CacheCorruptError, NonFiniteStateError
 from gere.losses.strategy import Tensors
 from gere.model.batching import shortest_row
@@ -34,14 +34,25 @@ class Part:
     def __init__(self, partial: Path, number: int, batches: list[list[int]], plan: BuildPlan) -> None:
         self.number = number
         self.batches = batches
-        self.tokens = sum(len(plan.rows[row]) for batch in batches for row in batch)
-        self.path = partial / f"part-{number:05d}.safetensors"
-        self.owner = 0  # the rank that has or evaluates it, set by `distil_parts`
         self._plan = plan
+        self.tokens = sum(map(self.tokens_of, batches))
+        self._kind, name = "replay", "part"
+        if plan.strategy is LOSSES_ONLY:
+            self._kind, name = "held-out", "heldout-part"
+        self.path = partial / f"{name}-{number:05d}.safetensors"
+        self.owner = 0  # the rank that has or evaluates it, set by `distil_parts`
         self._ce: list[Tensor] = []
         self._kept: list[Tensors] = []
         # Another batch size, or other texts, group other rows into the part with this number.
-        self._tag = sha256(repr([[plan.rows[row] for row in batch] for batch in batches]).encode())
+        self._tag = sha256(repr(list(map(self.rows_of, batches))).encode())
+
+    def tokens_of(self, batch: list[int]) -> int:
+        """Return the tokens of a batch."""
+        return sum(map(len, self.rows_of(batch)))
+
+    def rows_of(self, batch: list[int]) -> list[Sequence[int]]:
+        """Return the token ids of a batch."""
+        return [self._plan.rows[row] for row in batch]
 
     def is_stored(self) -> bool:
         """Return whether the disk of this process has it."""
@@ -60,7 +71,7 @@ class Part:
         kept: list[Tensors] = []
         if self._plan.strategy.wants_parts:
             kept = [{name: values.cpu() for name, values in row.items()} for row in output.kept]
-        _require_finite(ce, kept, batch)
+        _require_finite(ce, kept, f"{self._kind} rows", batch)
         self._ce.append(ce)
         self._kept += kept
         if len(self._ce) < len(self.batches):
@@ -147,7 +158,7 @@ def distil_parts(parts: Sequence[Part], plan: BuildPlan, distil: Distil, ranks: 
     def one_batch(own: tuple[Part, list[int]] | None) -> None:
         if own is not None:
             part, batch = own
-            output = _run(ranks, lambda: distil([plan.rows[row] for row in batch]))
+            output = _run(ranks, lambda: distil(part.rows_of(batch)))
             ranks.together(lambda: part.take(batch, output))
             return
         # A rank without rows takes part in the same exchanges: in the forward pass, where the weights are spread.
@@ -162,8 +173,8 @@ def distil_parts(parts: Sequence[Part], plan: BuildPlan, distil: Distil, ranks: 
         # In rounds of one batch on every rank, so that a failure reaches all within a round.
         for turn in itertools.zip_longest(*queues):
             one_batch(turn[ranks.index])
-            for _, batch in filter(None, turn):
-                bar.update(sum(len(plan.rows[row]) for row in batch))
+            for part, batch in filter(None, turn):
+                bar.update(part.tokens_of(batch))
 
 
 def _run(ranks: Ranks, forward: Callable[[], T]) -> T:
@@ -175,7 +186,7 @@ def _run(ranks: Ranks, forward: Callable[[], T]) -> T:
     return ranks.together(forward)
 
 
-def _require_finite(ce: Tensor, kept: Sequence[Tensors], batch: list[int]) -> None:
+def _require_finite(ce: Tensor, kept: Sequence[Tensors], what: str, batch: list[int]) -> None:
     bad = []
     for place, row in enumerate(batch):
         values = [ce[place]]
@@ -185,8 +196,8 @@ def _require_finite(ce: Tensor, kept: Sequence[Tensors], batch: list[int]) -> No
             bad.append(row)
     if bad:
         raise NonFiniteStateError(
-            "The base model gives NaN or infinite values on the replay set.",
-            where=f"replay rows {bad}",
+            "The base model gives NaN or infinite values on general texts.",
+            where=f"{what} {bad}",
             expected="finite states and losses",
             fix="Check the weights and the dtype (float16 overflows easily), or drop these texts.",
         )

@@ -15,7 +15,7 @@ from gere._files import sha256, write_atomic
 from gere.cache.distil import Part
 from gere.cache.multi_node import spread_files
 from gere.cache.plan import BuildPlan
-from gere.cache.store import MANIFEST, ROWS, manifest_bytes, shard_name
+from gere.cache.store import HELDOUT, MANIFEST, ROWS, SAMPLE, manifest_bytes, shard_name
 from gere.losses.strategy import Strategy, Tensors
 from gere.ranks import Ranks
 
@@ -23,11 +23,19 @@ T = TypeVar("T")
 
 
 def encode(
-    partial: Path, plan: BuildPlan, parts: Sequence[Part], noise: Tensor | None, ranks: Ranks, *, leads: bool
+    partial: Path,
+    plan: BuildPlan,
+    parts: Sequence[Part],
+    heldout: Sequence[Part],
+    noise: Tensor | None,
+    ranks: Ranks,
+    *,
+    leads: bool,
 ) -> None:
     """Write shards, constants, index and manifest of an anchor; each rank encodes the parts that it owns.
 
-    `noise` is the largest change of what is kept by rounding, [d]; `None` if the strategy has no constants.
+    `parts` are those of the replay rows, `heldout` those of the held-out rows. `noise` is the largest change of what
+    is kept by rounding, [d]; `None` if the strategy has no constants.
     """
     mine = [part for part in parts if part.owner == ranks.index]
     strategy = plan.strategy
@@ -37,6 +45,9 @@ def encode(
     encoded = _in_order(
         ranks.ask(lambda: {part.number: _encode_part(partial, part, strategy, constants) for part in mine})
     )
+    losses = _in_order(
+        ranks.ask(lambda: {part.number: part.read()[:2] for part in heldout if part.owner == ranks.index})
+    )
     shards: dict[str, tuple[str, int]] = {}
     if strategy.kind:
         for part, made in zip(parts, encoded, strict=True):
@@ -44,7 +55,13 @@ def encode(
     # All shards are on every disk before its manifest says so.
     spread_files(partial, shards, ranks, leads=leads)
     digests = {name: digest for name, (digest, _) in shards.items()}
-    ranks.only(leads, lambda: _finish(partial, plan, encoded, constants, digests))
+    files = {ROWS: _index(plan, encoded, located=bool(shards)), **_heldout(plan, losses)}
+    if plan.sample:
+        files[SAMPLE] = {"weights": torch.tensor(plan.sample)}
+    if constants:
+        files[strategy.constants_file] = constants
+    shape = {"rows": len(plan.rows), "tokens": sum(map(len, plan.rows)), "dim": encoded[0].dim}
+    ranks.only(leads, lambda: _finish(partial, plan, files, digests, shape))
 
 
 def _in_order(answers: Sequence[Mapping[int, T]]) -> list[T]:
@@ -84,28 +101,46 @@ def _encode_part(partial: Path, part: Part, strategy: Strategy, constants: Tenso
     return _Encoded(row, ce, digest, max(values.shape[-1] for values in kept.values() if values.ndim > 1))
 
 
-def _finish(
-    partial: Path, plan: BuildPlan, encoded: Sequence[_Encoded], constants: Tensors, shards: Mapping[str, str]
-) -> None:
-    """Write constants, index and manifest to this process's disk."""
+def _index(plan: BuildPlan, encoded: Sequence[_Encoded], *, located: bool) -> Tensors:
+    """Join what the parts say about the replay rows; with their place in the shards if they are `located` there."""
     count = len(plan.rows)
-    index = {"tokens": torch.tensor([len(row) for row in plan.rows], dtype=torch.int32), "base_ce": torch.zeros(count)}
-    files = dict(shards)
-    if constants:
-        name = plan.strategy.constants_file
-        files[name] = _write(partial / name, save(constants))
-    if shards:
+    index = {"tokens": _lengths(plan.rows), "base_ce": torch.zeros(count)}
+    if located:
         index |= {"shard": torch.zeros(count, dtype=torch.int32), "start": torch.zeros(count, dtype=torch.int64)}
     for number, (rows, ce, _, _) in enumerate(encoded):
         index["base_ce"][rows] = ce
-        if shards:
+        if located:
             lengths = index["tokens"][rows].long()
             index["shard"][rows] = number
             index["start"][rows] = lengths.cumsum(0) - lengths
-    files[ROWS] = _write(partial / ROWS, save(index))
-    shape = {"rows": count, "tokens": int(index["tokens"].sum()), "dim": encoded[0].dim}
+    return index
+
+
+def _heldout(plan: BuildPlan, losses: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensors]:
+    """Make the file of the held-out rows; none if there are none."""
+    if not plan.heldout:
+        return {}
+    ce = torch.zeros(len(plan.heldout))
+    for rows, values in losses:
+        ce[rows] = values
+    return {HELDOUT: {"tokens": _lengths(plan.heldout), "base_ce": ce}}
+
+
+def _lengths(rows: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([len(row) for row in rows], dtype=torch.int32)
+
+
+def _finish(
+    partial: Path,
+    plan: BuildPlan,
+    files: Mapping[str, Tensors],
+    shards: Mapping[str, str],
+    shape: Mapping[str, int],
+) -> None:
+    """Write the files beside the shards, and the manifest, to this process's disk."""
+    digests = {**shards, **{name: _write(partial / name, save(tensors)) for name, tensors in files.items()}}
     # Last, since a folder with a manifest counts as complete.
-    write_atomic(partial / MANIFEST, manifest_bytes(plan.fields, files, shape))
+    write_atomic(partial / MANIFEST, manifest_bytes(plan.fields, digests, shape))
 
 
 def _write(path: Path, content: bytes) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from gere.model.sharded import class_name, whole, whole_shape
 from gere.ranks import ALONE, Ranks
 
 FORMAT_VERSION = 1
+SAMPLED = 8
 ADAPTER_WRAPPERS = ("base_layer", "original_module")
 # Settings that shape the forward pass beside the weights. An explicit list, because the rest of a configuration
 # differs between versions of transformers and is changed by the trainer.
@@ -80,27 +81,55 @@ def precision_of(model: nn.Module) -> str:
     return weights
 
 
-def weights_digest(model: nn.Module, ranks: Ranks = ALONE) -> str:
-    """Return a digest of all weights and persistent buffers of the base model.
+class Weights(NamedTuple):
+    """What tells the weights of one base model from those of another.
+
+    Attributes:
+        digest: Of all weights and persistent buffers, to the last bit.
+        sample: A few elements of each tensor, which stay nearly the same when a model is loaded in another precision.
+    """
+
+    digest: str
+    sample: list[float]
+
+
+def weights_of(model: nn.Module, ranks: Ranks = ALONE) -> Weights:
+    """Return what tells the weights of a base model from others.
 
     It is the same with a PEFT adapter and without, sharded and whole. `model` has no distributed wrapper.
     """
     tensors = sorted(base_tensors(model).items())
-    digests: list[str] = []
+    found: list[Weights] = []
     if ranks.lockstep:
         for name, tensor in tensors:
             content = whole(tensor)  # every process takes part in it
             if ranks.index == 0:
-                digests.append(_tensor_digest(name, content))
+                found.append(_of_tensor(name, content))
     else:
-        digests = ranks.only(ranks.index == 0, lambda: _tensor_digests(tensors)) or []
+        found = ranks.only(ranks.index == 0, lambda: _of_tensors(tensors)) or []
+    digest = sha256("".join(one.digest for one in found).encode())
     # The first process computes it for all, so that weights that differ by rounding still have one digest.
-    return ranks.gather(sha256("".join(digests).encode()))[0]
+    return ranks.gather(Weights(digest, [value for one in found for value in one.sample]))[0]
 
 
-def _tensor_digests(tensors: Sequence[tuple[str, Tensor]]) -> list[str]:
+def weights_digest(model: nn.Module, ranks: Ranks = ALONE) -> str:
+    """Return the digest of all weights and persistent buffers of the base model, as in `weights_of`."""
+    return weights_of(model, ranks).digest
+
+
+def same_but_for_rounding(sample: Sequence[float], other: Sequence[float]) -> bool:
+    """Return whether two samples are those of one model in two precisions."""
+    if not sample or len(sample) != len(other):
+        return False
+    pairs = torch.tensor([list(sample), list(other)])
+    # bfloat16 keeps 8 bits of a number. float16 keeps nothing of one below 2^-24.
+    room = 2**-8 * pairs.abs().amax(dim=0) + 2**-23
+    return bool(((pairs[0] - pairs[1]).abs() <= room).all())
+
+
+def _of_tensors(tensors: Sequence[tuple[str, Tensor]]) -> list[Weights]:
     with ThreadPoolExecutor(max_workers=4) as pool:  # each holds a copy of one tensor in main memory
-        return list(pool.map(lambda item: _tensor_digest(*item), tensors))
+        return list(pool.map(lambda item: _of_tensor(*item), tensors))
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -126,10 +155,12 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def _tensor_digest(name: str, tensor: Tensor) -> str:
+def _of_tensor(name: str, tensor: Tensor) -> Weights:
     digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    values = tensor.detach().cpu().contiguous().flatten()
+    digest.update(values.view(torch.uint8).numpy().data)
+    places = torch.linspace(0, max(0, len(values) - 1), SAMPLED, dtype=torch.float64).long()
+    return Weights(digest.hexdigest(), values[places[: len(values)]].float().tolist())
 
 
 def text_digest(items: Iterable[Any]) -> str:

@@ -35,6 +35,8 @@ class BuildPlan(NamedTuple):
         strategy: What is kept.
         batch_tokens: Padded tokens that one forward pass may have.
         worth_tokens: Padded tokens from which on a longer forward pass is no faster; `None` for `batch_tokens`.
+        heldout: Token ids of the held-out rows, of which only the loss is kept.
+        sample: Some of the base model's weights, float32 [k], by which it is known again in another precision.
     """
 
     fields: Mapping[str, str]
@@ -42,8 +44,15 @@ class BuildPlan(NamedTuple):
     strategy: Strategy
     batch_tokens: int
     worth_tokens: int | None = None
+    heldout: Sequence[Sequence[int]] = ()
+    sample: Sequence[float] = ()
+
+    def of_heldout(self) -> BuildPlan:
+        """The same plan for the held-out rows alone, without what a strategy keeps."""
+        return self._replace(rows=self.heldout, heldout=(), strategy=LOSSES_ONLY)
 
 
+LOSSES_ONLY = Strategy(depth=1)
 Distil = Callable[[Sequence[Sequence[int]]], Distilled]
 
 

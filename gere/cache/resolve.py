@@ -1,4 +1,4 @@
-"""Find the anchor of a run: open the one that fits, refuse the one that does not, build it once.
+"""Find the anchor of a run: open the one that fits, build it where there is none, refuse a model that was tuned.
 
 Every process must call each function here that takes `ranks`.
 """
@@ -6,7 +6,6 @@ Every process must call each function here that takes `ranks`.
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,15 +15,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from gere._files import folder_errors, make_folder
+from gere._log import logger, say
 from gere.cache.build import finish_build, is_everywhere, partial_folder, spread_anchor
-from gere.cache.fingerprint import differences, key_of
+from gere.cache.fingerprint import differences, key_of, same_but_for_rounding
 from gere.cache.multi_node import leads_disk
-from gere.cache.store import MANIFEST, Anchor, anchor_folder, read_manifest
+from gere.cache.store import MANIFEST, Anchor, anchor_folder, read_manifest, weights_sample
 from gere.errors import CacheCorruptError, CacheMismatchError, CacheMissingError
 from gere.ranks import ALONE, Ranks
 
 LOCK_SECONDS = 2.0
-logger = logging.getLogger("gere")
 
 
 def folder_lock(root: Path) -> FileLock:
@@ -68,20 +67,27 @@ def open_named(root: Path, key: str, fields: Mapping[str, str], ranks: Ranks = A
 
 
 def open_or_build(
-    root: Path, fields: Mapping[str, str], build: Callable[[Path, bool], None], *, reuse: bool, ranks: Ranks = ALONE
+    root: Path,
+    fields: Mapping[str, str],
+    build: Callable[[Path, bool], None],
+    *,
+    reuse: bool,
+    sample: Sequence[float] = (),
+    ranks: Ranks = ALONE,
 ) -> Anchor:
-    """Open the anchor that belongs to `fields`, or build it if the cache folder holds none.
+    """Open the anchor that belongs to `fields`, or build it beside those that are there.
 
     Args:
         root: Cache folder.
         fields: What the anchor depends on.
         build: Builds the anchor in the folder that it is given, and is told whether this process writes for its disk;
             called on every process.
-        reuse: Open what is there, and refuse a folder that holds only others. `False` rebuilds it.
+        reuse: Open what is there, and refuse a model that was tuned. `False` rebuilds it.
+        sample: Some of the model's weights, as in `BuildPlan`.
         ranks: All processes; each must call this.
 
     Raises:
-        CacheMismatchError: If the folder holds an anchor of other fields, naming them.
+        CacheMismatchError: If the model may be one that was tuned from a base whose anchor is there.
         CacheCorruptError: If the anchor is damaged.
         CacheFolderError: If the folder cannot be used.
         RankFailedError: If another process failed.
@@ -91,7 +97,9 @@ def open_or_build(
         ranks.together(lambda: make_folder(root))
         with _locked(root, ranks) as leads:
             if not (reuse and any(ranks.ask(lambda: (folder / MANIFEST).exists()))):
-                ranks.only(reuse, lambda: _refuse_others(root, fields))
+                ranks.only(reuse, lambda: _require_untuned(root, fields, sample))
+                if ranks.index == 0:
+                    _say_why(root, fields)
                 build(folder, leads)
             spread_anchor(folder, ranks, leads=leads)
     return ranks.together(lambda: open_whole(folder))
@@ -189,30 +197,46 @@ def anchors_in(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("anchor-*") if path.suffix == "" and (path / MANIFEST).exists())
 
 
-def _refuse_others(root: Path, fields: Mapping[str, str]) -> None:
-    others = [(path, read_manifest(path)["fields"]) for path in anchors_in(root)]
-    if not others:
+def _others(root: Path, fields: Mapping[str, str]) -> list[tuple[Path, dict[str, str]]]:
+    """Return the other anchors of a folder with their fields, the nearest first."""
+    others = [(path, dict(read_manifest(path)["fields"])) for path in anchors_in(root)]
+    return sorted(others, key=lambda other: len(differences(fields, other[1])))
+
+
+def _require_untuned(root: Path, fields: Mapping[str, str], sample: Sequence[float]) -> None:
+    """Refuse a model that has the architecture of a base whose anchor is here, and weights that were trained."""
+    kin = [other for other in _others(root, fields) if other[1].get("architecture") == fields.get("architecture")]
+    if not kin or any(found.get("weights") == fields.get("weights") for _, found in kin):
         return
-    nearest, found = min(others, key=lambda other: len(differences(fields, other[1])))
+    if any(same_but_for_rounding(sample, weights_sample(path)) for path, _ in kin):
+        return  # a base in another precision
+    nearest, found = kin[0]
     fix = (
-        "Restore the setting, use another gere_hidden_state_saving_dir, or set reuse_gere_hidden_state=False to build "
-        "a second anchor in this one."
+        "Start from the base model that the anchor belongs to. If this model was fine-tuned from it, set "
+        "gere_config.anchor to the anchor's key. If it is a base model of its own, use another "
+        "gere_hidden_state_saving_dir, or reuse_gere_hidden_state=False to build a second anchor in this one."
     )
-    if "weights" in differences(fields, found):
-        fix = (
-            "Start from the base model that the anchor belongs to; if this model was fine-tuned from it, set "
-            "gere_config.anchor to the anchor's key; for a new base model use another gere_hidden_state_saving_dir, "
-            "or reuse_gere_hidden_state=False to build a second anchor in this one."
-        )
     _require_same(fields, found, nearest, fix)
+
+
+def _say_why(root: Path, fields: Mapping[str, str]) -> None:
+    """Say which settings make another anchor necessary, if there are others."""
+    others = [other for other in _others(root, fields) if other[1] != fields]
+    if others:
+        names = ", ".join(_causes(differences(fields, others[0][1])))
+        say(f"gere: builds another anchor in {root}, since {others[0][0].name} was made from other {names}.")
+
+
+def _causes(names: Sequence[str]) -> list[str]:
+    """Leave out the ids, which follow from other fields, unless nothing else differs."""
+    return [name for name in names if name != "input_ids"] or ["input_ids"]
 
 
 def _require_same(wanted: Mapping[str, str], found: Mapping[str, str], folder: Path, fix: str) -> None:
     names = differences(wanted, found)
     if not names:
         return
-    # The ids follow from other fields; by themselves they are the cause only if all others agree.
-    causes = [name for name in names if name != "input_ids"] or ["input_ids"]
+    causes = _causes(names)
     error = CacheMismatchError(
         f"The anchor was made from other {', '.join(causes)}.",
         where=folder,

@@ -5,6 +5,8 @@ An anchor is a folder of these files; `manifest.json` is written last and names 
 | file | content |
 |---|---|
 | `rows.safetensors` | `tokens` int32 [n], `base_ce` float32 [n]; with shards `shard` int32 [n], `start` int64 [n] |
+| `heldout.safetensors` | of the held-out rows, if there are any: `tokens` int32 [h], `base_ce` float32 [h] |
+| `sample.safetensors` | `weights` float32 [k], some of the base model's weights |
 | `bands.safetensors` | for regions: `lower`, `upper`, `tolerance`, float32 [d], of several layers [l, d] |
 | `regions-NNNNN.safetensors` | `codes` uint8 [tokens of the shard, ceil(d / 4)], of several layers [.., l, ..] |
 | `states-NNNNN.safetensors` | `state` bfloat16 [tokens of the shard, d] |
@@ -20,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,7 +31,7 @@ from gere._files import canonical_json, file_sha256, sha256
 from gere.cache.fingerprint import FORMAT_VERSION, key_of
 from gere.errors import CacheCorruptError, CacheMismatchError
 
-MANIFEST, ROWS = "manifest.json", "rows.safetensors"
+MANIFEST, ROWS, HELDOUT, SAMPLE = "manifest.json", "rows.safetensors", "heldout.safetensors", "sample.safetensors"
 # Anchors of states and of logits from before version 0.2 have the second file, which nothing reads any more.
 CONSTANTS = ("bands.safetensors", "noise.safetensors")
 PARTIAL, RETIRED = ".partial", ".retired"  # after the name of an anchor: a build, and what a new build replaced
@@ -124,7 +127,8 @@ class Anchor:
         verify_files(self.folder, manifest["files"])
         paths = [self.folder / name for name in sorted(manifest["files"])]
         self._constants = [path for path in paths if path.name in CONSTANTS]
-        self._shards = [path for path in paths if path.name not in (ROWS, *CONSTANTS)]
+        self._heldout = [path for path in paths if path.name == HELDOUT]
+        self._shards = [path for path in paths if path.name not in (ROWS, HELDOUT, SAMPLE, *CONSTANTS)]
 
     def __repr__(self) -> str:
         return f"Anchor({str(self.folder)!r})"
@@ -138,6 +142,11 @@ class Anchor:
     def base_ce(self) -> Tensor:
         """Cross-entropy of the base model on each row, float32 [rows]."""
         return self._index["base_ce"]
+
+    @cached_property
+    def heldout_ce(self) -> Tensor:
+        """Cross-entropy of the base model on each held-out row, float32 [h]; empty if nothing is measured."""
+        return load_file(self._heldout[0])["base_ce"] if self._heldout else torch.zeros(0)
 
     def tokens(self, row: int) -> int:
         """Return the number of tokens of a row."""
@@ -163,6 +172,15 @@ class Anchor:
         """Tokens, shard and first token in it of each row."""
         # As plain numbers, since each training step reads them one by one.
         return {name: values.tolist() for name, values in self._index.items() if name != "base_ce"}
+
+
+def weights_sample(folder: Path) -> list[float]:
+    """Return the weights that an anchor keeps of its base model; empty for an anchor without any."""
+    if not (folder / SAMPLE).is_file():
+        return []
+    verify_files(folder, {SAMPLE: read_manifest(folder)["files"].get(SAMPLE, "")})
+    found: list[float] = load_file(folder / SAMPLE)["weights"].tolist()
+    return found
 
 
 def verify_files(folder: Path, files: Mapping[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,17 +11,17 @@ from typing import Any
 from transformers import TrainerCallback
 
 from gere import _compat
+from gere._log import logger
 from gere.config import require
 from gere.errors import QuestionError, TokenizerError
 from gere.evaluation.choices import ChoiceNormalization, ChoiceScore, choice_accuracy, require_normalization
-from gere.evaluation.general import general_loss
+from gere.evaluation.general import CHANGE, LOSS, change_of, text_losses
 from gere.evaluation.lm_eval import PREFIX as LM_EVAL
 from gere.evaluation.lm_eval import load_tasks
 from gere.evaluation.questions import Question, read_questions, spread
 from gere.replay.texts import read_file
 
-logger = logging.getLogger("gere")
-PREFIX, CHANGE, ERROR = "general/", "_change", "_se"
+PREFIX, OF_TASK, ERROR = "general/", "_change", "_se"
 Source = str | Path | Sequence[Question]
 # Called as `scorer(model, tokenizer, batch_size=..., max_length=..., ranks=...)`.
 Scorer = Callable[..., ChoiceScore]
@@ -30,9 +30,11 @@ Scorer = Callable[..., ChoiceScore]
 class GeneralAbilityCallback(TrainerCallback):
     """Measures what the model can do apart from the task: before training, at each evaluation and after training.
 
-    It logs `general/loss` in nats a token, and for each task `general/NAME` (accuracy) and `general/NAME_se` (its
-    standard error). After the start it also logs changes, such as `general/loss_change`. A resumed run reads its first
-    values from the log of the checkpoint. The processes of a run share the work.
+    It logs `general/loss` in nats, and for each task `general/NAME` (accuracy) and `general/NAME_se` (its standard
+    error). After the start it also logs `general/change`, the loss minus that at the start, with half of its 95 %
+    interval, `general/change_interval`, and `general/NAME_change` of each task. The metrics of an evaluation have all
+    of them with the prefix `eval_`. A resumed run reads its first values from the log of the checkpoint, and has no
+    interval. The processes of a run share the work.
 
     `GeReTrainer` binds its callbacks. With a plain `Trainer`, call `bind`. Without it, the values are in
     `trainer.state.log_history` and `trainer_state.json`, but no reporter sees them.
@@ -87,7 +89,13 @@ class GeneralAbilityCallback(TrainerCallback):
         rules: dict[str, ChoiceNormalization] = {**dict.fromkeys(named, "characters"), **normalization}
         self._scorers = _scorers(named, rules, limit, lm_eval_path)
         self._trainer: Any = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget an earlier training: a trainer may train twice, and the second training has its own start."""
         self._start: dict[str, float] = {}
+        self._start_losses: list[float] = []
+        self._last: dict[str, float] = {}
         self._measured: int | None = None
         self._ended = False
 
@@ -104,7 +112,7 @@ class GeneralAbilityCallback(TrainerCallback):
         if self not in callbacks:
             trainer.add_callback(self)
         # At the end of training reporters close before the callbacks of the user are called.
-        callbacks.insert(0, _AtTheEnd(self))
+        callbacks.insert(0, AtTheEnd(self.on_train_end))
 
     def measure(self, model: Any, tokenizer: Any) -> dict[str, float]:
         """Measure a model; every process must call this.
@@ -119,6 +127,10 @@ class GeneralAbilityCallback(TrainerCallback):
         Raises:
             TokenizerError: If there is no tokenizer.
         """
+        return self._measure(model, tokenizer)[0]
+
+    def _measure(self, model: Any, tokenizer: Any) -> tuple[dict[str, float], list[float]]:
+        """Return the values by their names in the log, and the loss of each text."""
         if not hasattr(tokenizer, "eos_token_id"):
             raise TokenizerError(
                 "Measuring general ability needs a tokenizer.",
@@ -128,22 +140,28 @@ class GeneralAbilityCallback(TrainerCallback):
                 fix="Pass processing_class=tokenizer to the trainer.",
             )
         ranks = _compat.ranks_here()
-        values = {}
+        values: dict[str, float] = {}
+        losses: list[float] = []
         if self._texts:
             length = self._sizes["max_length"]
-            values[f"{PREFIX}loss"] = general_loss(model, tokenizer, self._texts, max_length=length, ranks=ranks)
+            losses = text_losses(model, tokenizer, self._texts, max_length=length, ranks=ranks)
+            values[LOSS] = math.fsum(losses) / len(losses)
         for name, scorer in self._scorers.items():
             score = scorer(model, tokenizer, **self._sizes, ranks=ranks)
             values[f"{PREFIX}{name}"] = score.accuracy
             values[f"{PREFIX}{name}{ERROR}"] = score.standard_error
-        return values
+        return values, losses
+
+    @property
+    def measures_texts(self) -> bool:
+        """Whether it measures texts."""
+        return bool(self._texts)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the untouched model; a resumed run reads its values from the log."""
-        # A trainer may train twice, and the second training has its own start.
-        self._start, self._measured, self._ended = {}, None, False
+        self._forget()
         if state.global_step == 0:
-            self._start = self._log(args, state, **kwargs)
+            self._start, self._start_losses = self._log(args, state, **kwargs)
             return
         # Logs of the start have step 0; one of another callback has none of our values.
         for entry in state.log_history:
@@ -153,46 +171,66 @@ class GeneralAbilityCallback(TrainerCallback):
             what = "The checkpoint has no general ability from before training: %s values are logged without a change."
             logger.warning(what, PREFIX)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure, once for all evaluation sets of a step."""
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Measure, once for all evaluation sets of a step, and add the values to the metrics of the evaluation."""
         if self._measured != state.global_step:
             self._log(args, state, **kwargs)
+        if metrics is not None:
+            metrics.update({f"eval_{name}": value for name, value in self._last.items()})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the trained model, unless the last evaluation did."""
-        # A bound callback is called twice: by `_AtTheEnd` and by the trainer. The weights are not those of the last
+        # A bound callback is called twice: by `AtTheEnd` and by the trainer. The weights are not those of the last
         # evaluation if the best checkpoint has been loaded.
         if not self._ended and (self._measured != state.global_step or args.load_best_model_at_end):
             self._log(args, state, **kwargs)
         self._ended = True
 
-    def _log(self, args: Any, state: Any, model: Any, processing_class: Any, **_: Any) -> dict[str, float]:
-        found = self.measure(model, processing_class)
-        self._measured = state.global_step
-        logs = dict(found)
-        for name, value in self._start.items():
-            # The callback of a resumed run may have other tasks. The change of a standard error says nothing.
-            if name in found and not name.endswith(ERROR):
-                logs[name + CHANGE] = found[name] - value
+    def _log(
+        self, args: Any, state: Any, model: Any, processing_class: Any, **_: Any
+    ) -> tuple[dict[str, float], list[float]]:
+        found, losses = self._measure(model, processing_class)
+        self._measured, self._last = state.global_step, self._with_changes(found, losses)
+        logs = dict(self._last)
         if self._trainer is not None:
             self._trainer.log(logs)
-            return found
+            return found, losses
         if args.report_to and state.global_step == 0:
             logger.warning("General ability is in the log history alone; bind the callback for reporters to see it.")
         if state.epoch is not None:
             logs["epoch"] = state.epoch
         state.log_history.append({**logs, "step": state.global_step})
-        return found
+        return found, losses
+
+    def _with_changes(self, found: dict[str, float], losses: list[float]) -> dict[str, float]:
+        logs = dict(found)
+        for name, value in self._start.items():
+            # The callback of a resumed run may have other tasks. The change of a standard error says nothing.
+            if name in found and not name.endswith(ERROR):
+                logs[name + OF_TASK] = found[name] - value
+        if LOSS in self._start and LOSS in found:
+            # Its name was general/loss_change, which stays for one release.
+            logs[CHANGE] = found[LOSS] - self._start[LOSS]
+        if self._start_losses:
+            logs |= change_of(losses, self._start_losses).logs
+        return logs
 
 
-class _AtTheEnd(TrainerCallback):
-    """Has the last values logged before the reporters close."""
+class AtTheEnd(TrainerCallback):
+    """Calls back at the end of training; as the first callback it comes before the reporters close.
 
-    def __init__(self, ability: GeneralAbilityCallback) -> None:
-        self._ability = ability
+    Args:
+        end: Takes what `on_train_end` takes.
+    """
+
+    def __init__(self, end: Callable[..., None]) -> None:
+        self._end = end
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._ability.on_train_end(args, state, control, **kwargs)
+        """Call back."""
+        self._end(args, state, control, **kwargs)
 
 
 def _named(tasks: Mapping[str, Source] | Iterable[str | Path]) -> dict[str, Source]:

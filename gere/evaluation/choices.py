@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -16,6 +17,7 @@ from gere.errors import QuestionError, TokenizerError
 from gere.evaluation.general import row_values
 from gere.evaluation.questions import Question
 from gere.model.batching import pad_rows
+from gere.model.forward import evaluating
 from gere.ranks import ALONE, Ranks
 from gere.replay.rows import private_copy
 
@@ -113,7 +115,8 @@ def option_scores(
     # The longest first: if a batch does not fit into memory, it is the first one.
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    found = zip(rows, row_values(log_likelihoods, model, rows, batches, ranks), strict=True)
+    with evaluating(model):
+        found = zip(rows, row_values(partial(log_likelihoods, model), rows, batches, ranks), strict=True)
     scores = []
     for question in questions:
         # Options first: at their end `zip` must not have taken the row of the next question.

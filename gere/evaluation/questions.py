@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from gere._files import read_lines
 from gere.config import require
 from gere.errors import QuestionError
+from gere.replay import rows
 
 T = TypeVar("T")
 SHAPE = '{"query": str or a list with one for each choice, "choices": [str, ...], "gold": int}; or "question": str'
@@ -93,9 +94,7 @@ def read_questions(source: str | Path, limit: int | None = None) -> list[Questio
 def spread(items: list[T], limit: int | None) -> list[T]:
     """Take at most `limit` items, evenly spread over the list and with its first one."""
     require(limit is None or (type(limit) is int and limit > 0), "limit", "a number above 0, or None", limit)
-    if limit is None or limit >= len(items):
-        return items
-    return [items[row * len(items) // limit] for row in range(limit)]
+    return rows.spread(items, len(items) if limit is None else limit)
 
 
 def _are_texts(value: object) -> bool:

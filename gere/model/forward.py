@@ -46,6 +46,13 @@ def as_base(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def as_trained(model: nn.Module) -> Iterator[None]:
+    """Show the model as it is now: in eval mode, without gradients, not compiled."""
+    with uncompiled(), evaluating(model):
+        yield
+
+
 def see(model: nn.Module, reader: StateReader, ids: Tensor, mask: Tensor) -> Seen:
     """Call a model, wrapped or not, on replay rows [b, t] in training, and read the states of `reader`."""
     with uncompiled(), reader.reading():

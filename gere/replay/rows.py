@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from gere._files import canonical_json, sha256
+from gere._log import logger
 from gere.cache.fingerprint import text_digest
 from gere.config import GeReConfig
 from gere.errors import ReplaySetError, TokenizerError
-from gere.replay.texts import few, load_texts
+from gere.replay.texts import Source, few, load_texts, read_texts
+
+T = TypeVar("T")
+
+
+# The share of a set that is held out at most.
+MOST_HELDOUT = 10
 
 
 class ReplaySet(NamedTuple):
-    """Replay rows, ready to be batched.
+    """Replay rows, ready to be batched, and the rows that are measured and never replayed.
 
     Attributes:
-        rows: Token ids of each row.
+        rows: Token ids of each replay row.
+        heldout: Token ids of each held-out row; empty if nothing is measured.
         pad_id: Id of the padding token.
-        fields: What the anchor depends on: `tokenizer`, `texts`, `max_length`, `input_ids`.
+        fields: What the anchor depends on: `tokenizer`, `texts`, `max_length`, `input_ids`, and `heldout`
+            if there are such rows.
     """
 
     rows: list[list[int]]
+    heldout: list[list[int]]
     pad_id: int
     fields: dict[str, str]
 
@@ -47,6 +58,13 @@ def load_replay_set(
     require_tokenizer(config, tokenizer)
     texts = load_texts(config, cache_folder, own_texts)
     rows = tokenize(texts, tokenizer, config)
+    if config.heldout_dataset is None:
+        measured = held_out(texts, config.replay_heldout)
+        heldout = [rows[place] for place in measured]
+        replayed = [place for place in range(len(texts)) if place not in measured]
+        texts, rows = [texts[place] for place in replayed], [rows[place] for place in replayed]
+    else:
+        heldout = tokenize(_measured_texts(config, cache_folder, texts), tokenizer, config, "heldout_dataset")
     # `tokenizer` covers the vocabulary alone. `input_ids` also changes with merges, normalisation and BOS.
     fields = {
         "tokenizer": tokenizer_digest(tokenizer),
@@ -54,11 +72,55 @@ def load_replay_set(
         "max_length": f"{config.max_length} tokens, add_bos {config.add_bos}",
         "input_ids": text_digest(rows),
     }
-    return ReplaySet(rows, tokenizer.pad_token_id, fields)
+    if heldout:
+        fields["heldout"] = f"{len(heldout)} rows, {text_digest(heldout)[:32]}"
+    return ReplaySet(rows, heldout, tokenizer.pad_token_id, fields)
 
 
-def tokenize(texts: Sequence[str], tokenizer: Any, config: GeReConfig) -> list[list[int]]:
-    """Turn texts into rows of at most `max_length` token ids.
+def held_out(texts: Sequence[str], most: int) -> list[int]:
+    """Choose the places of the texts that are measured: at most a tenth, evenly spread, and none that comes twice.
+
+    Example:
+        >>> held_out(["a", "b", "b", *map(str, range(27))], 2)
+        [0, 15]
+    """
+    times = Counter(texts)
+    single = [place for place, text in enumerate(texts) if times[text] == 1]
+    return spread(single, min(most, len(texts) // MOST_HELDOUT, len(single)))
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Take at most `count` items, evenly spread and with the first one."""
+    if count >= len(items):
+        return list(items)
+    return [items[place * len(items) // count] for place in range(count)]
+
+
+def _measured_texts(config: GeReConfig, cache_folder: Path, replayed: Sequence[str]) -> list[str]:
+    """Read the texts of `heldout_dataset` that are not replayed."""
+    where = "gere_config.heldout_dataset"
+    source = Source(config.heldout_dataset, where, None, config.replay_split, config.replay_column)
+    texts = read_texts(source, cache_folder)
+    known = set(replayed)
+    unseen = [text for text in dict.fromkeys(texts) if text not in known]
+    if not unseen:
+        raise ReplaySetError(
+            "All held-out texts are replayed, so that they cannot tell what was forgotten.",
+            where=where,
+            expected="texts that are not in gere_config.replay_dataset",
+            found=f"{len(texts)} texts, all of them in it",
+            fix="Leave heldout_dataset out: a part of replay_dataset is then held out.",
+        )
+    if len(unseen) < len(texts):
+        logger.warning("%s: %d of %d texts are replayed or come twice, and are left out.",
+                       where, len(texts) - len(unseen), len(texts))  # fmt: skip
+    return spread(unseen, config.replay_heldout)
+
+
+def tokenize(
+    texts: Sequence[str], tokenizer: Any, config: GeReConfig, setting: str = "replay_dataset"
+) -> list[list[int]]:
+    """Turn texts of a setting into rows of at most `max_length` token ids.
 
     Raises:
         ReplaySetError: If a row has fewer than two tokens, so that nothing can be predicted.
@@ -71,8 +133,8 @@ def tokenize(texts: Sequence[str], tokenizer: Any, config: GeReConfig) -> list[l
     short = [index for index, row in enumerate(rows) if len(row) < 2]
     if short:
         raise ReplaySetError(
-            "Rows of the replay set have fewer than two tokens, so there is nothing to predict in them.",
-            where=f"gere_config.replay_dataset, rows {few(short)}",
+            "Texts have fewer than two tokens, so there is nothing to predict in them.",
+            where=f"gere_config.{setting}, rows {few(short)}",
             expected="at least 2 tokens",
             found=f"{len(short)} shorter rows of {len(rows)}",
             fix="Drop these rows.",

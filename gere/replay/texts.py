@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gere._files import canonical_json, make_folder, read_lines, sha256, write_atomic
 from gere.config import GeReConfig
@@ -14,13 +14,33 @@ from gere.errors import ReplayDownloadError, ReplaySetError
 HUB_DATASET, HUB_SIZE = "DKYoon/SlimPajama-6B", 1000
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 OTHER_SOURCES = (
-    "Set gere_config.replay_dataset to a file (.jsonl, .json, .parquet, .txt), a datasets.Dataset or a list of "
-    "strings; or connect to the network once, after which the texts are kept beside the cache."
+    'Set gere_config.replay_dataset to "self" (the base model writes the texts), a file (.jsonl, .json, .parquet, '
+    ".txt), a datasets.Dataset or a list of strings; or connect to the network once, after which the texts are kept beside "
+    "the cache."
 )
+HUB_SECONDS = 10.0
+
+
+class Source(NamedTuple):
+    """Where texts come from.
+
+    Attributes:
+        value: What the user set.
+        where: Name of the setting.
+        size: Take the first so many texts; `None` for all, or for `HUB_SIZE` of a hub data set.
+        split: Split of a hub data set.
+        column: Column or JSON key that holds the text.
+    """
+
+    value: Any
+    where: str
+    size: int | None
+    split: str
+    column: str
 
 
 def load_texts(config: GeReConfig, cache_folder: Path, own_texts: Sequence[str] | None = None) -> list[str]:
-    """Read the texts of the replay set from any source.
+    """Read the texts of the replay set, those among them that are held out.
 
     Args:
         config: Source and size.
@@ -31,9 +51,9 @@ def load_texts(config: GeReConfig, cache_folder: Path, own_texts: Sequence[str] 
         ReplaySetError: If the set is missing, empty or too short, or a row has no text.
         ReplayDownloadError: If it is on the hub and cannot be fetched.
     """
-    source = config.replay_dataset
-    if source is None:
-        source = HUB_DATASET
+    value = config.replay_dataset
+    if value is None:
+        value = HUB_DATASET
     if config.samples_itself:
         if own_texts is None:
             raise ReplaySetError(
@@ -43,23 +63,29 @@ def load_texts(config: GeReConfig, cache_folder: Path, own_texts: Sequence[str] 
                 found="'self'",
                 fix="Write a file by `gere replay --source self --model MODEL --out replay.jsonl`, and set it here.",
             )
-        texts = list(own_texts)
-    elif isinstance(source, str | Path):
-        texts = _read_named(str(source), config, cache_folder)
+        value = list(own_texts)
+    source = Source(value, "gere_config.replay_dataset", config.replay_size, config.replay_split, config.replay_column)
+    return read_texts(source, cache_folder)
+
+
+def read_texts(source: Source, cache_folder: Path) -> list[str]:
+    """Read the texts of a source; arguments and errors as in `load_texts`."""
+    value, column = source.value, source.column
+    if isinstance(value, str | Path):
+        return _checked(_read_named(source, cache_folder), source)
     # A DatasetDict has both attributes, too, but they are about its splits.
-    elif hasattr(source, "column_names") and hasattr(source, "__len__") and not isinstance(source, dict):
-        texts = list(_in_column(source, source.column_names, config.replay_column, "the datasets.Dataset"))
-    elif isinstance(source, Sequence):
-        texts = [_text_of(item, config.replay_column, f"item {row} of the list") for row, item in enumerate(source)]
-    else:
-        raise ReplaySetError(
-            "The replay set cannot be read from this.",
-            where="gere_config.replay_dataset",
-            expected="a path, a hub name, a datasets.Dataset (one split, not streamed) or a list of strings",
-            found=type(source).__name__,
-            fix=f"Of a DatasetDict, pass one split, such as dataset['train']. {OTHER_SOURCES}",
-        )
-    return _checked(texts, config.replay_size)
+    if hasattr(value, "column_names") and hasattr(value, "__len__") and not isinstance(value, dict):
+        return _checked(list(_in_column(value, value.column_names, column, "the datasets.Dataset")), source)
+    if isinstance(value, Sequence):
+        texts = [_text_of(item, column, f"item {row} of the list") for row, item in enumerate(value)]
+        return _checked(texts, source)
+    raise ReplaySetError(
+        "Texts cannot be read from this.",
+        where=source.where,
+        expected="a path, a hub name, a datasets.Dataset (one split, not streamed) or a list of strings",
+        found=type(value).__name__,
+        fix=f"Of a DatasetDict, pass one split, such as dataset['train']. {OTHER_SOURCES}",
+    )
 
 
 def read_file(path: Path, column: str) -> list[Any]:
@@ -76,7 +102,7 @@ def read_file(path: Path, column: str) -> list[Any]:
         content = _content(path)
     except (OSError, ValueError) as error:
         raise ReplaySetError(
-            "The file of the replay set cannot be read.",
+            "A file of texts cannot be read.",
             where=path,
             expected="UTF-8 text: .jsonl or .json with texts or records, .parquet, or .txt with one text a line",
             found=f"{type(error).__name__}: {error}",
@@ -104,23 +130,45 @@ def few(indices: Sequence[int]) -> str:
     return shown
 
 
-def _read_named(name: str, config: GeReConfig, cache_folder: Path) -> list[Any]:
+def _read_named(source: Source, cache_folder: Path) -> list[Any]:
     """Read a folder, a file or a hub data set."""
+    name = str(source.value)
     path = Path(name)
     if path.is_dir():
-        return _stream(name, config, config.replay_size)
+        return _stream(source, source.size)
     # A missing file with a known suffix is a wrong path. It must not be looked up on the hub.
     if path.suffix in SUFFIXES or path.is_file():
-        return read_file(path, config.replay_column)
-    size = config.replay_size or HUB_SIZE
-    identity = {"name": name, "split": config.replay_split, "column": config.replay_column, "size": size}
+        return read_file(path, source.column)
+    size = source.size or HUB_SIZE
+    identity = {"name": name, "split": source.split, "column": source.column, "size": size}
     kept = cache_folder / f"replay-{sha256(canonical_json(identity))[:16]}.jsonl"
     if kept.is_file():
         return read_file(kept, "text")
+    _require_reachable(source)
     # Checked before they are kept: a set that is too short would stop every later start.
-    texts = _checked(_stream(name, config, size), size)
+    texts = _checked(_stream(source, size), source._replace(size=size))
     write_records(kept, [{"text": text, **identity} for text in texts])
     return texts
+
+
+def _require_reachable(source: Source) -> None:
+    """Ask the hub for the data set once: `load_dataset` tries again for half a minute where there is no network."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(str(source.value), timeout=HUB_SECONDS)
+    except Exception as error:  # of the hub's library, and of whichever library it uses for HTTP
+        raise _unreachable(source, error) from error
+
+
+def _unreachable(source: Source, error: Exception) -> ReplayDownloadError:
+    return ReplayDownloadError(
+        "The texts could not be fetched from the hub.",
+        where=f"{source.where}, {source.value}, split {source.split!r}",
+        expected="a data set on the hub, or a folder that datasets.load_dataset reads",
+        found=f"{type(error).__name__}: {error}",
+        fix=f"{OTHER_SOURCES} If there is a network, check the name and gere_config.replay_split.",
+    )
 
 
 def _content(path: Path) -> Any:
@@ -152,7 +200,7 @@ def _in_column(holder: Any, names: Iterable[str], column: str, where: str) -> An
     """Return what a record or a data set has in a column."""
     if column not in names:
         raise ReplaySetError(
-            "The replay set has no such column.",
+            "The texts have no such column.",
             where=where,
             expected=f"column {column!r}",
             found=", ".join(map(repr, names)) or "no columns",
@@ -161,15 +209,16 @@ def _in_column(holder: Any, names: Iterable[str], column: str, where: str) -> An
     return holder[column]
 
 
-def _stream(name: str, config: GeReConfig, size: int | None) -> list[Any]:
+def _stream(source: Source, size: int | None) -> list[Any]:
     """Read the first `size` texts of a hub data set or of a folder in its format; `None` reads all."""
     from datasets import load_dataset
 
     texts: list[Any] = []
+    name = str(source.value)
     try:
         # Streamed, since the default set has 6 billion tokens and a run needs a thousand texts.
-        for row, record in enumerate(load_dataset(name, split=config.replay_split, streaming=True)):
-            text = _text_of(record, config.replay_column, f"{name}, record {row}")
+        for row, record in enumerate(load_dataset(name, split=source.split, streaming=True)):
+            text = _text_of(record, source.column, f"{name}, record {row}")
             # Users can drop the empty rows of their own file, but not those of a hub set.
             if isinstance(text, str) and len(text.split()) > 1:
                 texts.append(text)
@@ -178,23 +227,18 @@ def _stream(name: str, config: GeReConfig, size: int | None) -> list[Any]:
     except ReplaySetError:
         raise
     except Exception as error:  # the hub's libraries raise many kinds, some of them bare
-        raise ReplayDownloadError(
-            "The replay set could not be fetched from the hub.",
-            where=f"{name}, split {config.replay_split!r}",
-            expected="a data set on the hub, or a folder that datasets.load_dataset reads",
-            found=f"{type(error).__name__}: {error}",
-            fix=f"Check gere_config.replay_split. {OTHER_SOURCES}",
-        ) from error
+        raise _unreachable(source, error) from error
     return texts
 
 
-def _checked(texts: list[Any], wanted: int | None) -> list[str]:
-    """Return the first `wanted` texts, or all; refuse too few, and rows without text."""
+def _checked(texts: list[Any], source: Source) -> list[str]:
+    """Return the first `source.size` texts, or all; refuse too few, and rows without text."""
+    wanted = source.size
     if len(texts) < (wanted or 1):
         fault = "shorter than asked" if texts else "empty"
         raise ReplaySetError(
-            f"The replay set is {fault}.",
-            where="gere_config.replay_dataset",
+            f"The set of texts is {fault}.",
+            where=source.where,
             expected=f"{wanted or 1} texts (gere_config.replay_size), or more",
             found=f"{len(texts)} texts",
             fix="Give more texts, or set gere_config.replay_size lower.",
@@ -203,8 +247,8 @@ def _checked(texts: list[Any], wanted: int | None) -> list[str]:
     bad = [index for index, text in enumerate(chosen) if not isinstance(text, str) or not text.strip()]
     if bad:
         raise ReplaySetError(
-            "Rows of the replay set have no text.",
-            where=f"gere_config.replay_dataset, rows {few(bad)}",
+            "Rows of a set of texts have no text.",
+            where=f"{source.where}, rows {few(bad)}",
             expected="a string with something in it",
             found=f"{len(bad)} such rows of {len(chosen)}, the first {chosen[bad[0]]!r}",
             fix="Drop these rows.",

@@ -6,7 +6,6 @@ settings of the sampling, so that a fine-tuned model finds the texts of its base
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from gere._files import canonical_json, read_lines, sha256
+from gere._log import logger
 from gere.cache.fingerprint import architecture_digest, weights_digest
 from gere.config import GeReConfig
 from gere.errors import CacheCorruptError, CacheMissingError, UnsupportedSettingError
@@ -23,8 +23,6 @@ from gere.replay.rows import adds_bos, private_copy, require_tokenizer, tokenize
 from gere.replay.sampling import TextSampler, prompt_of
 from gere.replay.sieve import draw
 from gere.replay.texts import HUB_SIZE, write_records
-
-logger = logging.getLogger("gere")
 
 METHOD = "2"  # raised when the same settings would give other texts
 

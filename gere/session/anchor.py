@@ -13,7 +13,7 @@ from torch import nn
 
 from gere.cache import Anchor, BuildPlan, build_anchor, open_named, open_or_build
 from gere.cache.base_model import BaseModel
-from gere.cache.fingerprint import architecture_digest, base_tensors, precision_of, weights_digest
+from gere.cache.fingerprint import architecture_digest, base_tensors, precision_of, weights_of
 from gere.config import require
 from gere.errors import ReplaySetError
 from gere.losses.strategy import Strategy, make_strategy
@@ -59,11 +59,13 @@ class Found(NamedTuple):
         anchor: The anchor.
         strategy: What it keeps of the base model, and how far a row is from that.
         base: The base model as a function of replay rows.
+        built: Whether the anchor was built just now.
     """
 
     anchor: Anchor
     strategy: Strategy
     base: BaseModel
+    built: bool
 
 
 def find_anchor(
@@ -88,18 +90,26 @@ def find_anchor(
     _require_fit(model.inner, replay)
     strategy = strategy_of(settings, model)
     base = BaseModel(model.inner, replay.pad_id, model.device, strategy, model.autocast, whole=ranks.lockstep)
-    key = ranks.ask(lambda: named_key(config, settings.reuse, model.inner, checkpoint))[0]
+    key = named_key(config, settings.reuse, model.inner, checkpoint, ranks)
+    fields = {"strategy": strategy.field, "architecture": architecture_digest(model.inner)}
+    others = {**replay.fields, **strategy.fields, "dtype": model.dtype}
     # A fine-tuned model has other weights than its base. A live base gives the targets, so it must be the anchor's.
-    moved = key is not None and config.anchor != LIVE
-    fields = _fields(strategy, model, replay, weights_moved=moved)
+    if key is not None and config.anchor != LIVE:
+        return Found(open_named(settings.folder, key, {**fields, **others}, ranks), strategy, base, built=False)
+    weights = weights_of(model.inner, ranks)
+    fields = {**fields, "weights": weights.digest, **others}
     if key is not None:
-        return Found(open_named(settings.folder, key, fields, ranks), strategy, base)
-    plan = build_plan(config.anchor_batch_tokens, strategy, model, replay, fields)
+        return Found(open_named(settings.folder, key, fields, ranks), strategy, base, built=False)
+    plan = build_plan(config.anchor_batch_tokens, strategy, model, replay, fields)._replace(sample=weights.sample)
+    built = False
 
     def build(folder: Path, leads: bool) -> None:
+        nonlocal built
+        built = True
         build_anchor(folder, plan, base, ranks=ranks, leads=leads, progress=progress)
 
-    return Found(open_or_build(settings.folder, fields, build, reuse=settings.reuse, ranks=ranks), strategy, base)
+    anchor = open_or_build(settings.folder, fields, build, reuse=settings.reuse, sample=weights.sample, ranks=ranks)
+    return Found(anchor, strategy, base, built)
 
 
 def strategy_of(settings: ReplaySettings, model: ReadyModel) -> Strategy:
@@ -132,10 +142,15 @@ def build_plan(
         replay: The replay set.
         fields: What the anchor depends on.
     """
-    worth = batch_tokens
+    worth = worth_tokens(batch_tokens, model)
+    return BuildPlan(fields, replay.rows, strategy, batch_tokens, worth, replay.heldout)
+
+
+def worth_tokens(batch_tokens: int, model: ReadyModel) -> int:
+    """Padded tokens from which on a longer forward pass is no faster on the device of the model."""
     if model.device.type == "cpu":
-        worth = min(batch_tokens, CPU_BATCH_TOKENS)
-    return BuildPlan(fields, replay.rows, strategy, batch_tokens, worth)
+        return min(batch_tokens, CPU_BATCH_TOKENS)
+    return batch_tokens
 
 
 def _require_live_base(model: nn.Module) -> None:
@@ -145,18 +160,11 @@ def _require_live_base(model: nn.Module) -> None:
     require(not trained, "gere_config.anchor", what, f"training of {', '.join(trained[:3])}")
 
 
-def _fields(strategy: Strategy, model: ReadyModel, replay: ReplaySet, *, weights_moved: bool) -> dict[str, str]:
-    """What the anchor depends on, in the order in which a difference is reported."""
-    fields = {"strategy": strategy.field, "architecture": architecture_digest(model.inner)}
-    if not weights_moved:
-        fields["weights"] = weights_digest(model.inner, model.ranks)
-    return {**fields, **replay.fields, **strategy.fields, "dtype": model.dtype}
-
-
 def _require_fit(model: Any, replay: ReplaySet) -> None:
     """Refuse tokens or lengths that the model has no embedding for, before it fails on the device."""
     vocabulary = whole_shape(model.get_input_embeddings().weight)[0]
-    largest, longest = max(map(max, replay.rows)), max(map(len, replay.rows))
+    rows = [*replay.rows, *replay.heldout]
+    largest, longest = max(map(max, rows)), max(map(len, rows))
     positions = getattr(model.config, "max_position_embeddings", None) or longest
     checks = (
         ("token ids", largest, vocabulary - 1, "Resize the embeddings, or pass the model's own tokenizer."),

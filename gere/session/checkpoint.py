@@ -7,14 +7,19 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from gere._files import canonical_json, folder_errors, write_atomic
-from gere.config import GeReConfig
+from gere.cache.fingerprint import weights_digest
+from gere.config import AUTO, GeReConfig
 from gere.errors import CacheCorruptError, CacheFolderError, CacheMissingError, ConfigError
+from gere.model.adapters import base_module
+from gere.ranks import ALONE, Ranks
 
 ANCHOR_FILE, WEIGHT_FILE = "gere_anchor.json", "gere_weight.json"
-AUTO, LIVE = "auto", "live"
+LIVE = "live"
 KEY = re.compile("[0-9a-f]{32}")
 
 
@@ -99,14 +104,38 @@ def loaded_key(model: Any) -> str | None:
     return read_key(Path(loaded_from)) if loaded_from else None
 
 
-def named_key(config: GeReConfig, reuse: bool, model: Any, checkpoint: Path | None) -> str | None:
-    """Key that the user, the checkpoint or the folder of the loaded model names; `None` for a model that is its base.
+class Remembered(NamedTuple):
+    """What a model in memory knows of the base that it was tuned from: the key of its anchor, and its weights."""
+
+    key: str
+    weights: str
+
+
+def remember(model: nn.Module, key: str, weights: str) -> None:
+    """Tell a model the key of its anchor and the digest of its base weights, for the next trainer that gets it."""
+    # In the model itself, since it may be trained again without being saved.
+    base_module(model)._gere_base = Remembered(key, weights)  # type: ignore[assignment]
+
+
+def remembered_key(model: nn.Module, ranks: Ranks) -> str | None:
+    """Key of the anchor that a model was trained with before; `None` if its base weights have not moved since."""
+    known: Remembered | None = getattr(base_module(model), "_gere_base", None)
+    if known is None or known.weights == weights_digest(model, ranks):
+        return None
+    return known.key
+
+
+def named_key(
+    config: GeReConfig, reuse: bool, model: nn.Module, checkpoint: Path | None, ranks: Ranks = ALONE
+) -> str | None:
+    """Key that the user, the checkpoint or the model itself names; `None` for a model that is its own base.
 
     Args:
         config: The setting `anchor`.
         reuse: Reuse an anchor that is there.
         model: The model without its distributed wrapper.
         checkpoint: The checkpoint that training resumes from.
+        ranks: All processes; each must call this.
 
     Raises:
         ConfigError: If a fine-tuned model would become a base.
@@ -116,25 +145,29 @@ def named_key(config: GeReConfig, reuse: bool, model: Any, checkpoint: Path | No
     if config.anchor not in (AUTO, LIVE):
         return config.anchor.removeprefix("anchor-")
     if checkpoint is not None:
-        key = read_key(checkpoint)
-        if key is None:
-            raise CacheMissingError(
-                "Training resumes from a checkpoint that names no anchor, and its model cannot be anchored any more.",
-                where=checkpoint,
-                expected=f"{ANCHOR_FILE}, which GeReTrainer writes into every checkpoint",
-                found="a checkpoint of another trainer, or of GeReTrainer without replay",
-                fix="Start from the base model, or set gere_config.anchor to the key of its anchor.",
-            )
-        return key
-    key = loaded_key(model)
+        return ranks.ask(lambda: _key_of_checkpoint(checkpoint))[0]
+    key = remembered_key(model, ranks) or ranks.ask(lambda: loaded_key(model))[0]
     if key is not None and not reuse:
         raise ConfigError(
-            "This model was fine-tuned from a base model, whose anchor its folder names. "
+            "This model was fine-tuned from a base model whose anchor is known. "
             "reuse_gere_hidden_state=False would anchor the fine-tuned model instead of its base.",
             where="reuse_gere_hidden_state",
             expected=f"True, to use the anchor {key}",
             found="False",
-            fix=f"Leave it out; or, to make this model a base of its own, delete {ANCHOR_FILE} from its folder.",
+            fix=f"Leave it out; or, to make this model a base itself, load it from a folder without {ANCHOR_FILE}.",
+        )
+    return key
+
+
+def _key_of_checkpoint(checkpoint: Path) -> str:
+    key = read_key(checkpoint)
+    if key is None:
+        raise CacheMissingError(
+            "Training resumes from a checkpoint that names no anchor, and its model cannot be anchored any more.",
+            where=checkpoint,
+            expected=f"{ANCHOR_FILE}, which GeReTrainer writes into every checkpoint",
+            found="a checkpoint of another trainer, or of GeReTrainer without replay",
+            fix="Start from the base model, or set gere_config.anchor to the key of its anchor.",
         )
     return key
 

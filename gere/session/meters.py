@@ -62,7 +62,8 @@ class Meters:
         sums: Any = ReplaySums._make(replay)  # type: ignore[arg-type] # floats here, by the same names
         if sums.rows:
             logs["gere/ce"] = sums.ce / sums.rows
-            logs["gere/forgetting"] = sums.change / sums.rows
+            logs["gere/replay_change"] = sums.change / sums.rows
+            logs["gere/forgetting"] = logs["gere/replay_change"]  # its name until 0.2, for one release
             if self._distance:
                 logs[f"gere/{self._distance}"] = sums.distance / sums.rows
                 logs["gere/weight"] = sums.weight / sums.active if sums.active else 0.0

@@ -26,14 +26,14 @@ class ReplaySettings:
     Attributes:
         folder: Cache folder.
         reuse: Reuse an anchor that is there.
-        rows_per_step: Replay rows in each optimizer step over all ranks; 0 for no batch insertion.
+        rows_per_step: Replay rows in each optimizer step over all ranks, or their share of it; 0 for no insertion.
         w_strategy: Weight of the distance.
         config: All other settings.
     """
 
     folder: Path
     reuse: bool
-    rows_per_step: int
+    rows_per_step: int | float
     w_strategy: float | Literal["dy", "auto"]
     config: GeReConfig
 
@@ -50,7 +50,11 @@ class ReplaySettings:
 
 
 def replay_settings(
-    saving_dir: object, reuse: object, replay_per_batch: int | None, w_strategy: float | str, config: object
+    saving_dir: object,
+    reuse: object,
+    replay_per_batch: int | float | str | None,
+    w_strategy: float | str,
+    config: object,
 ) -> ReplaySettings:
     """Check the five arguments of a trainer.
 
@@ -121,7 +125,7 @@ def make_plan(
 
 def _base_weights(settings: ReplaySettings, model: nn.Module, ranks: Ranks, checkpoint: Path | None) -> str | None:
     """Digest of the base model's weights, from the anchor that a tuned model names; `None` for its own base."""
-    key = ranks.ask(lambda: named_key(settings.config, settings.reuse, model, checkpoint))[0]
+    key = named_key(settings.config, settings.reuse, model, checkpoint, ranks)
     if key is None:
         return None
     return named_fields(settings.folder, key, ranks)["weights"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch.utils.data import IterableDataset, RandomSampler, WeightedRandomSampler
 
 from gere import _compat
+from gere.session.plan import ReplaySettings
+from gere.session.summary import StepPlan
 
 
 def kind_of(trainer: Any) -> str:
@@ -34,14 +37,21 @@ def may_mix(trainer: Any, rows_per_step: int, *, adding: bool) -> bool:
     return bool(adding or not rows_per_step or rows_per_step % rows_of_micro_step(trainer))
 
 
-def why_added(trainer: Any, mode: str) -> str | None:
+def rows_of_step(trainer: Any) -> int:
+    """Rows of an optimizer step over all ranks."""
+    return rows_of_micro_step(trainer) * int(trainer.args.gradient_accumulation_steps)
+
+
+def why_added(trainer: Any, settings: ReplaySettings) -> str | None:
     """Why replay rows have to be added to the batches, and cannot replace task rows in them; `None` if they can.
 
     Args:
         trainer: The trainer.
-        mode: `gere_config.replay_mode`.
+        settings: What the user asks for.
     """
-    data = trainer.train_dataset
+    data, mode = trainer.train_dataset, settings.config.replay_mode
+    if isinstance(settings.rows_per_step, float) and rows_of_step(trainer) == 1 and mode != "replace":
+        return "a step has a single row"
     if mode == "add":
         return 'gere_config.replay_mode is "add"'
     if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
@@ -65,3 +75,14 @@ def why_no_row_sampler(sampler: Any, rows: int) -> str | None:
     if len(sampler) > rows and not isinstance(sampler, RandomSampler | WeightedRandomSampler):
         return f"the sampler ({type(sampler).__name__}) repeats rows, which the trainer may need side by side"
     return None
+
+
+def step_plan(trainer: Any, replay: int, *, added: bool) -> StepPlan:
+    """How the training of a trainer goes, with so many replay rows in a step."""
+    rows, steps = rows_of_step(trainer), int(trainer.state.max_steps)
+    plain_steps = steps
+    if trainer.args.max_steps <= 0 and not added:
+        share = len(trainer.train_dataset) / rows
+        per_epoch = math.floor(share) if trainer.args.dataloader_drop_last else math.ceil(share)
+        plain_steps = math.ceil(max(1, per_epoch) * trainer.args.num_train_epochs)
+    return StepPlan(rows, replay, added, steps, plain_steps)

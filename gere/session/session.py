@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,9 @@ from gere.model.states import StateReader
 from gere.replay.batch import RowCounts
 from gere.session.anchor import ReadyModel, find_anchor
 from gere.session.checkpoint import WEIGHT_FILE, read_weight
+from gere.session.heldout import HeldOut
 from gere.session.meters import Meters
-from gere.session.plan import ReplayPlan, ReplaySettings
+from gere.session.plan import ReplayPlan
 from gere.session.step import MicroStep, StepShare
 
 
@@ -34,6 +34,8 @@ class ReplaySession:
     Attributes:
         plan: Settings and replay set.
         anchor: The anchor.
+        built: Whether it was built for this training.
+        heldout: Measures what is left of general ability; `None` if there are no held-out texts.
         strategy: What is kept of the base model, and how far a row is from that.
         base: The base model, which gives the targets of a live strategy.
         weight: Weight of the distance.
@@ -48,6 +50,8 @@ class ReplaySession:
 
     plan: ReplayPlan
     anchor: Anchor
+    built: bool
+    heldout: HeldOut | None
     strategy: Strategy
     base: BaseModel
     weight: RowWeight
@@ -137,12 +141,16 @@ def begin_session(
     settings = plan.settings
     if previous is None:
         found = find_anchor(settings, model, plan.replay, checkpoint=checkpoint, progress=progress)
-        anchor, strategy, base = found
+        anchor, strategy, base, built = found
         weight = make_weight(settings.w_strategy, strategy)
         if checkpoint is not None:
             weight.load_state_dict(read_weight(checkpoint), checkpoint / WEIGHT_FILE)
     else:
         anchor, strategy, base, weight = previous.anchor, previous.strategy, previous.base, previous.weight
+        built = False
+    heldout = None
+    if plan.replay.heldout:
+        heldout = HeldOut(plan.replay, anchor.heldout_ce, model, settings.config.anchor_batch_tokens)
     distance_name = ""
     if strategy.measures:
         distance_name = settings.config.replay_strategy
@@ -150,6 +158,8 @@ def begin_session(
     return ReplaySession(
         plan=plan,
         anchor=anchor,
+        built=built,
+        heldout=heldout,
         strategy=strategy,
         base=base,
         weight=weight,
@@ -160,33 +170,3 @@ def begin_session(
         every_rank_calls=every_rank_calls,
         meters=Meters(distance_name, model.device),
     )
-
-
-class ReplayFacts(NamedTuple):
-    """What is known of the replay of a trainer.
-
-    Attributes:
-        active: Whether there is replay.
-        folder: Cache folder.
-        rows_per_step: Replay rows in each optimizer step over all ranks; 0 for no batch insertion.
-        texts: Texts of the replay set; `None` until the first data loader is made.
-        anchor: The anchor, with its `key` and `folder`; `None` until training begins.
-        weight: Weight of the distance before its cap; `None` until training begins, and where each row has its own.
-    """
-
-    active: bool
-    folder: Path
-    rows_per_step: int
-    texts: int | None
-    anchor: Anchor | None
-    weight: float | None
-
-
-def facts_of(settings: ReplaySettings, plan: ReplayPlan | None, session: ReplaySession | None) -> ReplayFacts:
-    """Put together what is known so far."""
-    facts = ReplayFacts(settings.active, settings.folder, settings.rows_per_step, None, None, None)
-    if plan is not None:
-        facts = facts._replace(texts=len(plan.replay.rows))
-    if session is not None:
-        facts = facts._replace(anchor=session.anchor, weight=session.weight.level)
-    return facts

@@ -92,13 +92,22 @@ def share_of(rows: Sequence[RowCounts], *, ranks: int, divisor: int | None, own_
 
 
 def added_parts(
-    plan: ReplayPlan, ranks: Ranks, *, seed: int, step: int, micro_steps: int, rows: int, accumulation: int
+    plan: ReplayPlan,
+    ranks: Ranks,
+    *,
+    wanted: int,
+    seed: int,
+    step: int,
+    micro_steps: int,
+    rows: int,
+    accumulation: int,
 ) -> list[tuple[RowCounts, list[int]]]:
     """Replay rows that are added to the batches of a step, by (seed, step, rank).
 
     Args:
         plan: Settings and replay set.
         ranks: The processes of the run.
+        wanted: Replay rows of a whole step, over all ranks.
         seed: Seed of the order of replay rows.
         step: Optimizer steps before this one.
         micro_steps: Micro-steps of this step.
@@ -108,7 +117,6 @@ def added_parts(
     Returns:
         For each micro-step its rows, and the replay rows of this rank.
     """
-    wanted = plan.settings.rows_per_step
     # The last step of an epoch can be shorter, and gets a part of the rows.
     whole = max(accumulation, micro_steps)
     shares = added_rows(

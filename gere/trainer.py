@@ -36,6 +36,7 @@ from gere.session.plan import ReplayPlan, make_plan, replay_settings
 from gere.session.session import ReplaySession, begin_session
 from gere.session.step import Steps, added_parts, share_of
 from gere.session.summary import ReplayFacts, append_to_card, facts_of, opening
+from gere.session.trackers import tell_trackers
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Parent
@@ -143,6 +144,7 @@ class GeReMixin(_Parent):
             self._gere_add_from_now_on(why)
             return super().get_train_dataloader()
         self._gere_why_added = ""
+        checks.warn_of_half(self._gere_rows, policy.rows_of_step(self))
         mixed = MixedDataset(task, len(plan.replay.rows))
         sampler = self._gere_sampler(mixed, order, plan)
         mixed.total_dataset_length = len(sampler)
@@ -319,6 +321,7 @@ class GeReMixin(_Parent):
         )
         remember(inner, self._gere_session.anchor.key, self._gere_session.anchor.fields["weights"])
         if self.is_world_process_zero():
+            tell_trackers(self.callback_handler.callbacks, self._gere, self._gere_session.anchor.key)
             say(opening(self._gere_session, policy.step_plan(self, self._gere_rows, added=adding)))
         if self.args.should_save:
             # A model that is saved past the trainer, or by a killed run, must not be taken for a base later.

@@ -171,8 +171,8 @@ def _open_same(root: Path, folder: Path, fields: Mapping[str, str]) -> Anchor:
     anchor = open_whole(folder)
     # Compare `fields` alone: those of a fine-tuned model lack the weights, which the anchor has.
     fix = (
-        "Restore the setting; or, from the base model, build an anchor with the new settings (one step is enough) and "
-        "set gere_config.anchor to its key."
+        "Restore the setting; or build an anchor with the new settings from the base model (by `gere cache build`, or "
+        "by one step of training), which is then found."
     )
     _require_same(fields, {name: anchor.fields.get(name, "") for name in fields}, folder, fix)
     return anchor

@@ -15,8 +15,8 @@ HUB_DATASET, HUB_SIZE = "DKYoon/SlimPajama-6B", 1000
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 OTHER_SOURCES = (
     'Set gere_config.replay_dataset to "self" (the base model writes the texts), a file (.jsonl, .json, .parquet, '
-    ".txt), a datasets.Dataset or a list of strings; or connect to the network once, after which the texts are kept beside "
-    "the cache."
+    ".txt), a datasets.Dataset or a list of strings; or connect to the network once, after which the texts are kept "
+    "beside the cache."
 )
 HUB_SECONDS = 10.0
 

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gere.cache import Anchor, BuildPlan, build_anchor, open_named, open_or_build
+from gere.cache import Anchor, BuildPlan, build_anchor, named_fields, open_named, open_or_build
 from gere.cache.base_model import BaseModel
-from gere.cache.fingerprint import architecture_digest, base_tensors, precision_of, weights_of
-from gere.config import require
+from gere.cache.fingerprint import architecture_digest, base_tensors, key_of, precision_of, weights_of
+from gere.cache.store import anchor_folder
+from gere.config import AUTO, require
 from gere.errors import ReplaySetError
 from gere.losses.strategy import Strategy, make_strategy
 from gere.model.adapters import is_adapted
@@ -95,6 +96,11 @@ def find_anchor(
     others = {**replay.fields, **strategy.fields, "dtype": model.dtype}
     # A fine-tuned model has other weights than its base. A live base gives the targets, so it must be the anchor's.
     if key is not None and config.anchor != LIVE:
+        if config.anchor == AUTO and checkpoint is None:
+            # A tuned model may go on with other settings, if its base was anchored with them.
+            base_weights = named_fields(settings.folder, key, ranks)["weights"]
+            sibling = key_of({**fields, "weights": base_weights, **others})
+            key = sibling if any(ranks.ask(lambda: anchor_folder(settings.folder, sibling).exists())) else key
         return Found(open_named(settings.folder, key, {**fields, **others}, ranks), strategy, base, built=False)
     weights = weights_of(model.inner, ranks)
     fields = {**fields, "weights": weights.digest, **others}

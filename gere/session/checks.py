@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from gere import _compat
+from gere._log import logger
 from gere.errors import ConfigError, UnsupportedSettingError
 from gere.model.states import depth_of, is_reentrant
 from gere.session import policy
@@ -93,6 +94,13 @@ def refuse_hidden_layers(layers: Sequence[int], model: nn.Module) -> None:
             found="use_reentrant True",
             fix='Set it so, or leave gere_config.layers at "last".',
         )
+
+
+def warn_of_half(replay: int, rows: int) -> None:
+    """Warn of a step that is replay for the most part."""
+    if 2 * replay > rows:
+        what = "%d of the %d rows of each step are replay rows, more than half: the task gets the others alone."
+        logger.warning(what, replay, rows)
 
 
 def require_addable(mode: str, rows: int, why: str) -> None:

@@ -183,7 +183,11 @@ def main() -> None:
                 "gere_hidden_state_saving_dir": out / "gere_saving",
                 "num_interpolate_per_batch": options.replay_per_batch,
                 "w_strategy": options.w_strategy,
-                "gere_config": GeReConfig(replay_dataset=replay, max_length=options.replay_length),
+                "gere_config": GeReConfig(
+                    replay_dataset=replay,
+                    replay_heldout=0,  # --heldout-file is measured
+                    max_length=options.replay_length,
+                ),
             }
         trainer = kind(
             args=arguments(options, out / name, eval_on_start=True),

@@ -358,7 +358,7 @@ class GeReMixin(_Parent):
                 self.log(change.logs)
         if self._gere_session is not None and self.is_world_process_zero():
             summary = self.replay.summary()
-            self.state.log_history.append({"gere/summary": summary, "step": self.state.global_step})
+            self.state.log_history[-1]["gere/summary"] = summary
             say(f"gere: {summary}")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -91,7 +91,10 @@ def arguments(tmp_path):
 
 @pytest.fixture
 def make_trainer(tmp_path, tokenizer, general, task, arguments):
-    """Make a `GeReTrainer` (or another class) on the tiny model; everything can be replaced."""
+    """Make a `GeReTrainer` (or another class) on the tiny model; everything can be replaced.
+
+    All texts are replayed; `measuring_trainer` holds two of them out.
+    """
 
     def make(cls=GeReTrainer, *, model=None, args=None, config=None, replay=4, w="dy", **changes):
         settings = {
@@ -102,7 +105,7 @@ def make_trainer(tmp_path, tokenizer, general, task, arguments):
             "processing_class": tokenizer,
         }
         if issubclass(cls, GeReTrainer):
-            config = {"replay_dataset": general, "max_length": 48, **(config or {})}
+            config = {"replay_dataset": general, "replay_heldout": 0, "max_length": 48, **(config or {})}
             settings |= {
                 "gere_hidden_state_saving_dir": tmp_path / "gere_saving",
                 "num_interpolate_per_batch": replay,
@@ -112,3 +115,11 @@ def make_trainer(tmp_path, tokenizer, general, task, arguments):
         return cls(**{**settings, **changes})
 
     return make
+
+
+@pytest.fixture
+def measuring_trainer(make_trainer):
+    """Make a trainer as `make_trainer` does, with as many held-out texts as by default."""
+    return lambda *args, config=None, **changes: make_trainer(
+        *args, config={"replay_heldout": GeReConfig.replay_heldout, **(config or {})}, **changes
+    )

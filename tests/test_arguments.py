@@ -60,6 +60,7 @@ def test_same_types_as_the_config():
     theirs = {f"gere_{name}": hint for name, hint in get_type_hints(GeReConfig).items()}
     as_text = {
         "gere_replay_dataset": str | None,
+        "gere_heldout_dataset": str | None,
         "gere_layers": str,
         "gere_replay_strategy": Literal["tm", "ce", "kl", "l1", "l2", "none"],
     }
@@ -96,13 +97,15 @@ def test_from_a_command_line_and_from_a_dict(parser, tmp_path):
     line = [part for name, value in CHANGED.items() for part in (f"--{name}", str(value))]
     _, by_line = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), *line])
     _, by_dict = parser.parse_dict({"output_dir": str(tmp_path), **CHANGED})
-    assert by_line == by_dict == GeReArguments(**CHANGED)
     kwargs = by_line.trainer_kwargs()
+    assert kwargs.pop("num_interpolate_per_batch") == "4", "a text, since it may be a share or a word"
+    assert by_dict == GeReArguments(**CHANGED)
     config = GeReConfig(
         replay_dataset="general.jsonl", replay_size=20, add_bos=True, normalization="elements", band_width=1.5
     )
     four = {"gere_hidden_state_saving_dir": "elsewhere", "reuse_gere_hidden_state": False}
-    assert kwargs == {**four, "num_interpolate_per_batch": 4, "w_strategy": "dy", "gere_config": config}
+    assert kwargs == {**four, "w_strategy": "dy", "gere_config": config}
+    assert by_dict.trainer_kwargs() == {**kwargs, "num_interpolate_per_batch": 4}
 
 
 def test_trainer_takes_them(make_trainer, general):
@@ -112,7 +115,7 @@ def test_trainer_takes_them(make_trainer, general):
     trainer = make_trainer(**kwargs)
     assert trainer.replay.rows_per_step == 2
     trainer.get_train_dataloader()
-    assert trainer.replay.texts == len(general)
+    assert trainer.replay.texts + trainer.replay.heldout == len(general)
 
 
 @pytest.mark.parametrize("name", ["gere_max_length", "gere_num_interpolate_per_batch", "gere_w_strategy"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -64,7 +65,7 @@ def test_weights_that_can_be_read():
     assert parse_weight("dy") == "dy" and parse_replay_per_batch(None) == 0
 
 
-@pytest.mark.parametrize("value", [-1, 1.5, "4", True])
+@pytest.mark.parametrize("value", [-1, 1.5, "many", True])
 def test_replay_rows_that_are_no_number(value):
     with pytest.raises(ConfigError, match=r"num_interpolate_per_batch[\s\S]*next:"):
         parse_replay_per_batch(value)
@@ -252,29 +253,26 @@ def changed_weights():
     return model
 
 
-def test_another_precision_is_refused_by_name(make_trainer, arguments):
-    make_trainer().train()
-    refused(make_trainer(args=arguments(bf16=True)), CacheMismatchError, "dtype")
-
-
-def test_each_field_that_differs_is_refused_by_name(make_trainer, general, tokenizer, tmp_path):
-    make_trainer().train()
+def test_each_field_that_differs_from_a_named_anchor_is_refused_by_name(
+    make_trainer, general, tokenizer, tmp_path, arguments
+):
+    first = make_trainer()
+    first.train()
+    named = {"anchor": first.replay.anchor.key}
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["<new>"])
     cases = {
-        ("weights",): {"model": changed_weights()},
-        ("texts", "input_ids"): {"config": {"replay_dataset": [*general[:-1], general[-1] + "!"], "max_length": 400}},
+        ("texts", "input_ids"): {"config": {"replay_dataset": [general[-1], *general[:-1]]}},
         ("tokenizer",): {"processing_class": other},
         ("max_length", "input_ids"): {"config": {"max_length": 47}},
         ("bands",): {"config": {"band_width": 1.5}},
+        ("strategy", "bands"): {"config": {"replay_strategy": "ce"}},
+        ("dtype",): {"args": arguments(bf16=True)},
     }
     for fields, changes in cases.items():
-        if "texts" in fields:
-            make_trainer(config={"max_length": 400}, gere_hidden_state_saving_dir=tmp_path / "long").train()
-            changes["gere_hidden_state_saving_dir"] = tmp_path / "long"
-        assert refused(make_trainer(**changes), CacheMismatchError, fields[0]).fields == fields
-    error = refused(make_trainer(config={"replay_strategy": "ce"}), CacheMismatchError, "strategy")
-    assert "strategy" in error.fields
+        changes["config"] = {**named, **changes.get("config", {})}
+        assert set(fields) <= {*refused(make_trainer(**changes), CacheMismatchError, fields[0]).fields}
+    assert refused(make_trainer(model=changed_weights()), CacheMismatchError, "weights").fields == ("weights",)
     assert len(list((tmp_path / "gere_saving").glob("anchor-*"))) == 1, "nothing was rebuilt"
     make_trainer().train()
 
@@ -418,7 +416,7 @@ def test_every_source_of_texts_gives_the_same(tmp_path):
 
 def test_a_parquet_file_without_the_column(tokenizer, tmp_path):
     Dataset.from_dict({"body": TEXTS}).to_parquet(tmp_path / "a.parquet")
-    unusable({"replay_dataset": tmp_path / "a.parquet"}, tokenizer, ReplaySetError, r"^The replay set has no such")
+    unusable({"replay_dataset": tmp_path / "a.parquet"}, tokenizer, ReplaySetError, r"^The texts have no such")
 
 
 def test_half_of_a_surrogate_pair_is_read_as_it_was_written(tmp_path):
@@ -441,7 +439,12 @@ def hub(tmp_path, monkeypatch):
             return real(name, **keywords)
         raise ConnectionError(name)
 
+    def dataset_info(self, name, timeout):
+        if name not in shelf:
+            raise ConnectionError(name)
+
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     return shelf
 
 
@@ -455,7 +458,14 @@ def test_hub_texts_are_streamed_once_and_kept(tmp_path, hub):
     assert load_texts(config, cache) == many[:1000], "the second start needs no network"
     kept = next(cache.glob("replay-*.jsonl"))
     kept.write_text(kept.read_text()[:-20])
-    with pytest.raises(ReplaySetError, match=kept.name):
+    with pytest.raises(CacheCorruptError, match=kept.name):
+        load_texts(config, cache)
+    whole = [{"text": text} for text in many[:1000]]
+    for records in (whole, [{**whole[0], "sha256": "0"}, *whole[1:]]):
+        write_records(kept, records)
+        if "sha256" not in records[0]:
+            assert load_texts(config, cache) == many[:1000], "files of an earlier version have no digest"
+    with pytest.raises(CacheCorruptError, match="SHA-256"):
         load_texts(config, cache)
     with pytest.raises(ReplayDownloadError, match="someone/general"):
         load_texts(GeReConfig(replay_dataset="someone/general", replay_size=5), cache)

@@ -95,6 +95,7 @@ def test_hub_sources(tmp_path, monkeypatch, capsys):
         return ({"text": "not this", "body": f"{name} {row}"} for row in range(99))
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     words = [
         "--source",
         "hub=3",

@@ -31,9 +31,9 @@ def half():
 
 
 @pytest.fixture
-def anchored(make_trainer):
+def anchored(measuring_trainer):
     """A trainer that has built an anchor."""
-    trainer = make_trainer()
+    trainer = measuring_trainer()
     trainer.train()
     return trainer
 
@@ -43,48 +43,50 @@ def anchors(tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "name"), OTHER_SETTINGS, ids=lambda value: str(value))
-def test_other_settings_build_a_further_anchor_and_say_so(make_trainer, anchored, tmp_path, caplog, changes, name):
+def test_other_settings_build_a_further_anchor_and_say_so(
+    measuring_trainer, anchored, tmp_path, caplog, changes, name
+):
     caplog.set_level(logging.INFO, "gere")
-    other = make_trainer(config=changes)
+    other = measuring_trainer(config=changes)
     other.train()
     assert f"builds another anchor in {tmp_path / 'gere_saving'}, since" in caplog.text
     (line,) = [record.message for record in caplog.records if "another anchor" in record.message]
     assert name in line
     assert len(anchors(tmp_path)) == 2
     caplog.clear()
-    make_trainer(config=changes).train()
+    measuring_trainer(config=changes).train()
     assert "another anchor" not in caplog.text and f"anchor {other.replay.anchor.key} opened" in caplog.text
 
 
-def test_another_base_builds_a_further_anchor(make_trainer, anchored, tmp_path):
+def test_another_base_builds_a_further_anchor(measuring_trainer, anchored, tmp_path):
     torch.manual_seed(0)
     small = LlamaForCausalLM(
         LlamaConfig(vocab_size=1024, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
     )
-    make_trainer(model=small).train()
+    measuring_trainer(model=small).train()
     assert len(anchors(tmp_path)) == 2
 
 
-def test_the_base_in_another_precision_builds_a_further_anchor(make_trainer, anchored, tmp_path, caplog):
+def test_the_base_in_another_precision_builds_a_further_anchor(measuring_trainer, anchored, tmp_path, caplog):
     caplog.set_level(logging.INFO, "gere")
-    make_trainer(model=lora(half())).train()
+    measuring_trainer(model=lora(half())).train()
     assert len(anchors(tmp_path)) == 2
     assert "since anchor-" in caplog.text and "weights, dtype" in caplog.text
 
 
-def test_a_tuned_model_without_a_name_is_refused(make_trainer, anchored, tmp_path):
+def test_a_tuned_model_without_a_name_is_refused(measuring_trainer, anchored, tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         anchored.model.to(dtype).save_pretrained(tmp_path / "elsewhere")  # past the trainer, which names the anchor
         tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere", dtype=dtype)
         with pytest.raises(CacheMismatchError, match="weights") as caught:
-            make_trainer(model=tuned).train()
+            measuring_trainer(model=tuned).train()
         assert "weights" in caught.value.fields
     assert len(anchors(tmp_path)) == 1
 
 
-def test_a_tuned_model_in_memory_remembers_its_anchor(make_trainer, anchored, tmp_path):
+def test_a_tuned_model_in_memory_remembers_its_anchor(measuring_trainer, anchored, tmp_path):
     key = anchored.replay.anchor.key
-    again = make_trainer(model=anchored.model)
+    again = measuring_trainer(model=anchored.model)
     again.train()
     assert again.replay.anchor.key == key
     # General change is told from the base, and goes on from what the first training left.
@@ -94,26 +96,26 @@ def test_a_tuned_model_in_memory_remembers_its_anchor(make_trainer, anchored, tm
     ]
     assert first != 0.0 and second != 0.0
     with pytest.raises(CacheMissingError, match=f"anchor-{key}"):
-        make_trainer(model=anchored.model, gere_hidden_state_saving_dir=tmp_path / "elsewhere").train()
+        measuring_trainer(model=anchored.model, gere_hidden_state_saving_dir=tmp_path / "elsewhere").train()
     with pytest.raises(ConfigError, match="reuse_gere_hidden_state"):
-        make_trainer(model=anchored.model, reuse_gere_hidden_state=False).train()
+        measuring_trainer(model=anchored.model, reuse_gere_hidden_state=False).train()
 
 
-def test_an_adapter_leaves_the_base_free_for_other_settings(make_trainer, tmp_path):
+def test_an_adapter_leaves_the_base_free_for_other_settings(measuring_trainer, tmp_path):
     model = lora(load_tiny())
-    make_trainer(model=model).train()
-    make_trainer(model=model, config={"max_length": 40}).train()
+    measuring_trainer(model=model).train()
+    measuring_trainer(model=model, config={"max_length": 40}).train()
     assert len(anchors(tmp_path)) == 2
     merged = model.merge_and_unload().requires_grad_(True)
-    again = make_trainer(model=merged)
+    again = measuring_trainer(model=merged)
     again.train()
     assert len(anchors(tmp_path)) == 2, "merged weights have moved, and remember the anchor of their base"
     with pytest.raises(CacheMismatchError, match="max_length"):
-        make_trainer(model=merged, config={"max_length": 32}).train()
+        measuring_trainer(model=merged, config={"max_length": 32}).train()
 
 
-def test_an_untouched_model_in_memory_is_still_a_base(make_trainer, arguments, tmp_path):
+def test_an_untouched_model_in_memory_is_still_a_base(measuring_trainer, arguments, tmp_path):
     model = load_tiny()
-    make_trainer(model=model, args=arguments(learning_rate=0.0)).train()
-    make_trainer(model=model, config={"max_length": 40}).train()
+    measuring_trainer(model=model, args=arguments(learning_rate=0.0)).train()
+    measuring_trainer(model=model, config={"max_length": 40}).train()
     assert len(anchors(tmp_path)) == 2

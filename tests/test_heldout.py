@@ -84,10 +84,10 @@ def by_hand(model, tokenizer, texts, length=48):
     return losses
 
 
-def test_change_is_that_of_the_held_out_texts(make_trainer, tokenizer, general):
+def test_change_is_that_of_the_held_out_texts(measuring_trainer, tokenizer, general):
     held = [general[place] for place in held_out(general, 64)]
     before = by_hand(load_tiny(), tokenizer, held)
-    trainer = make_trainer()
+    trainer = measuring_trainer()
     trainer.train()
     after = by_hand(trainer.model, tokenizer, held)
     (log,) = entries(trainer, "general/change")
@@ -97,15 +97,15 @@ def test_change_is_that_of_the_held_out_texts(make_trainer, tokenizer, general):
     np.testing.assert_allclose([log[name] for name in NAMES], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_untouched_model_has_not_changed_by_a_bit(make_trainer, arguments):
-    trainer = make_trainer(args=arguments(learning_rate=0.0, max_steps=1))
+def test_an_untouched_model_has_not_changed_by_a_bit(measuring_trainer, arguments):
+    trainer = measuring_trainer(args=arguments(learning_rate=0.0, max_steps=1))
     trainer.train()
     (log,) = entries(trainer, "general/change")
     assert log["general/change"] == log["general/change_interval"] == 0.0
 
 
-def test_a_set_that_is_too_small_says_that_nothing_is_known(make_trainer, general):
-    trainer = make_trainer(config={"replay_dataset": general[:9]})
+def test_a_set_that_is_too_small_says_that_nothing_is_known(measuring_trainer, general):
+    trainer = measuring_trainer(config={"replay_dataset": general[:9]})
     trainer.train()
     assert not entries(trainer, "general/change")
     assert "not known, since no texts were held out" in trainer.replay.summary()
@@ -125,7 +125,7 @@ def test_general_loss_is_a_mean_over_texts(model, tokenizer, general):
 # The contract of Trainer
 
 
-def test_metrics_of_an_evaluation_choose_the_best_model(make_trainer, arguments, task):
+def test_metrics_of_an_evaluation_choose_the_best_model(measuring_trainer, arguments, task):
     args = arguments(
         max_steps=6,
         eval_strategy="steps",
@@ -136,7 +136,7 @@ def test_metrics_of_an_evaluation_choose_the_best_model(make_trainer, arguments,
         metric_for_best_model="eval_general/change",
         greater_is_better=False,
     )
-    trainer = make_trainer(args=args, eval_dataset=task[:4])
+    trainer = measuring_trainer(args=args, eval_dataset=task[:4])
     trainer.train()
     evaluated = entries(trainer, "eval_general/change")
     assert [log["step"] for log in evaluated] == [2, 4, 6]
@@ -148,7 +148,7 @@ def test_metrics_of_an_evaluation_choose_the_best_model(make_trainer, arguments,
     assert not [name for name in trainer.predict(task[:4]).metrics if "general" in name]
 
 
-def test_early_stopping_by_what_is_forgotten(make_trainer, arguments, task):
+def test_early_stopping_by_what_is_forgotten(measuring_trainer, arguments, task):
     args = arguments(
         max_steps=8,
         learning_rate=0.0,  # nothing gets better
@@ -159,13 +159,13 @@ def test_early_stopping_by_what_is_forgotten(make_trainer, arguments, task):
         load_best_model_at_end=True,
         metric_for_best_model="eval_general/change",
     )
-    trainer = make_trainer(args=args, eval_dataset=task[:4], callbacks=[EarlyStoppingCallback(2)])
+    trainer = measuring_trainer(args=args, eval_dataset=task[:4], callbacks=[EarlyStoppingCallback(2)])
     trainer.train()
     assert trainer.state.global_step == 3
 
 
 @pytest.mark.parametrize("cls", [Trainer, GeReTrainer])
-def test_a_callback_gives_its_values_to_the_metrics_too(make_trainer, arguments, task, general, cls):
+def test_a_callback_gives_its_values_to_the_metrics_too(measuring_trainer, arguments, task, general, cls):
     args = arguments(
         max_steps=4,
         eval_strategy="steps",
@@ -176,7 +176,7 @@ def test_a_callback_gives_its_values_to_the_metrics_too(make_trainer, arguments,
         metric_for_best_model="eval_general/change",
     )
     ability = GeneralAbilityCallback(texts=general[:3])
-    trainer = make_trainer(cls, args=args, eval_dataset={"one": task[:4], "two": task[4:6]}, callbacks=[ability])
+    trainer = measuring_trainer(cls, args=args, eval_dataset={"one": task[:4], "two": task[4:6]}, callbacks=[ability])
     trainer.train()
     assert trainer.state.best_metric is not None
     measured = entries(trainer, "general/change")
@@ -185,8 +185,8 @@ def test_a_callback_gives_its_values_to_the_metrics_too(make_trainer, arguments,
     assert measured[0]["general/change_interval"] > 0
 
 
-def test_several_evaluation_sets_are_measured_once(make_trainer, arguments, task):
-    trainer = make_trainer(
+def test_several_evaluation_sets_are_measured_once(measuring_trainer, arguments, task):
+    trainer = measuring_trainer(
         args=arguments(max_steps=1, eval_strategy="steps", eval_steps=1),
         eval_dataset={"one": task[:4], "two": task[4:8]},
     )
@@ -214,25 +214,25 @@ def count_calls(trainer):
     return counts
 
 
-def test_cost_is_one_pass_over_the_texts_at_the_end(make_trainer, arguments):
+def test_cost_is_one_pass_over_the_texts_at_the_end(measuring_trainer, arguments):
     texts = [f"{'A text that is held out or replayed. ' * 3}{number}" for number in range(200)]
-    trainer = make_trainer(args=arguments(max_steps=5), config={"replay_dataset": texts})
+    trainer = measuring_trainer(args=arguments(max_steps=5), config={"replay_dataset": texts})
     calls = count_calls(trainer)
     trainer.train()
     rows = 20
     per_batch = 512 // 48  # a CPU takes 512 padded tokens at a time
     assert calls["eval"] - calls["build"] <= math.ceil(rows / per_batch) + 3
-    again = make_trainer(args=arguments(max_steps=5), config={"replay_dataset": texts})
+    again = measuring_trainer(args=arguments(max_steps=5), config={"replay_dataset": texts})
     calls = count_calls(again)
     again.train()
     assert calls["build"] == 0, "the losses of the base model are in the anchor"
 
 
-def test_a_resumed_training_measures_the_same(make_trainer, arguments, tmp_path):
+def test_a_resumed_training_measures_the_same(measuring_trainer, arguments, tmp_path):
     args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = make_trainer(args=arguments(**args))
+    whole = measuring_trainer(args=arguments(**args))
     whole.train()
-    resumed = make_trainer(args=arguments(**args))
+    resumed = measuring_trainer(args=arguments(**args))
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     found = [[entries(one, "general/change")[-1][name] for name in NAMES] for one in (whole, resumed)]
     assert found[0] == found[1]
@@ -242,9 +242,9 @@ def test_a_resumed_training_measures_the_same(make_trainer, arguments, tmp_path)
 # What is said
 
 
-def test_start_and_end_say_it_once(make_trainer, caplog):
+def test_start_and_end_say_it_once(measuring_trainer, caplog):
     caplog.set_level(logging.INFO, "gere")
-    trainer = make_trainer(replay="auto")
+    trainer = measuring_trainer(replay="auto")
     trainer.train()
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("gere:")]
     key, folder = trainer.replay.anchor.key, trainer.replay.folder
@@ -255,15 +255,15 @@ def test_start_and_end_say_it_once(make_trainer, caplog):
     assert said[1] == f"gere: {trainer.replay.summary()}" and len(said) == 2
     assert trainer.state.log_history[-1]["gere/summary"] == trainer.replay.summary()
     caplog.clear()
-    make_trainer(replay="auto").train()
+    measuring_trainer(replay="auto").train()
     assert f"anchor {key} opened in" in caplog.text
 
 
-def test_steps_of_an_epoch_are_compared_to_those_of_the_plain_trainer(make_trainer, arguments, caplog, task):
+def test_steps_of_an_epoch_are_compared_to_those_of_the_plain_trainer(measuring_trainer, arguments, caplog, task):
     caplog.set_level(logging.INFO, "gere")
-    trainer = make_trainer(args=arguments(max_steps=-1, num_train_epochs=1), replay=2)
+    trainer = measuring_trainer(args=arguments(max_steps=-1, num_train_epochs=1), replay=2)
     trainer.train()
-    plain = make_trainer(Trainer, args=arguments(max_steps=-1, num_train_epochs=1))
+    plain = measuring_trainer(Trainer, args=arguments(max_steps=-1, num_train_epochs=1))
     plain.train()
     assert f"{trainer.state.global_step} steps ({plain.state.global_step} without replay)" in caplog.text
 
@@ -275,8 +275,8 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize(("change", "word"), SENTENCES.items())
-def test_summary_is_a_sentence(make_trainer, change, word):
-    trainer = make_trainer()
+def test_summary_is_a_sentence(measuring_trainer, change, word):
+    trainer = measuring_trainer()
     trainer.train()
     trainer.state.log_history += [
         dict(zip(NAMES, (3.0 + change, change, 0.1), strict=True)),
@@ -289,24 +289,24 @@ def test_summary_is_a_sentence(make_trainer, change, word):
     assert "sciq                 0.700 -> 0.600 ± 0.040" in summary
 
 
-def test_lines_are_seen_where_nobody_configured_logging(monkeypatch, capsys, make_trainer):
+def test_lines_are_seen_where_nobody_configured_logging(monkeypatch, capsys, measuring_trainer):
     monkeypatch.setattr(logging.root, "handlers", [])
     monkeypatch.setattr(logging.getLogger("gere"), "handlers", [])
-    make_trainer().train()
+    measuring_trainer().train()
     assert capsys.readouterr().err.count("gere: ") == 2
     logging.root.addHandler(logging.NullHandler())
-    make_trainer().train()
+    measuring_trainer().train()
     assert "gere: " not in capsys.readouterr().err, "who has configured logging decides"
 
 
-def test_model_card_says_what_was_kept(make_trainer, tmp_path):
-    trainer = make_trainer()
+def test_model_card_says_what_was_kept(measuring_trainer, tmp_path):
+    trainer = measuring_trainer()
     trainer.train()
     trainer.create_model_card()
     assert trainer.replay.summary() in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
-def test_trackers_get_the_settings(make_trainer):
+def test_trackers_get_the_settings(measuring_trainer):
     seen = {}
 
     class WandbCallback(TrainerCallback):
@@ -322,7 +322,7 @@ def test_trackers_get_the_settings(make_trainer):
         _ml_flow = SimpleNamespace(log_params=lambda values: seen.update(mlflow=values))
 
     callbacks = [WandbCallback(), TensorBoardCallback(), MLflowCallback(), PrinterCallback()]
-    trainer = make_trainer(callbacks=callbacks)
+    trainer = measuring_trainer(callbacks=callbacks)
     trainer.train()
     assert seen["wandb"]["gere"] == seen["board"]["gere"]
     assert seen["wandb"]["gere"]["anchor"] == trainer.replay.anchor.key
@@ -330,8 +330,8 @@ def test_trackers_get_the_settings(make_trainer):
     assert seen["mlflow"]["gere/max_length"] == "48"
 
 
-def test_old_names_stay_for_one_release(make_trainer):
-    trainer = make_trainer()
+def test_old_names_stay_for_one_release(measuring_trainer):
+    trainer = measuring_trainer()
     trainer.train()
     for log in entries(trainer, "gere/replay_change"):
         assert log["gere/replay_change"] == log["gere/forgetting"]
@@ -344,33 +344,33 @@ def test_old_names_stay_for_one_release(make_trainer):
     ("wanted", "rows"),
     [("auto", 1), (0.5, 4), ("0.25", 2), ("3", 3), (np.int64(2), 2), (np.float32(0.25), 2), (None, 0), ("none", 0)],
 )
-def test_replay_rows_of_a_step(make_trainer, wanted, rows):
-    assert make_trainer(replay=wanted).replay.rows_per_step == rows
+def test_replay_rows_of_a_step(measuring_trainer, wanted, rows):
+    assert measuring_trainer(replay=wanted).replay.rows_per_step == rows
 
 
 @pytest.mark.parametrize("wanted", [1.5, -1, "many", True, math.nan, "1.5"])
-def test_other_numbers_of_rows_are_refused(make_trainer, wanted):
+def test_other_numbers_of_rows_are_refused(measuring_trainer, wanted):
     with pytest.raises(ConfigError, match="num_interpolate_per_batch"):
-        make_trainer(replay=wanted)
+        measuring_trainer(replay=wanted)
 
 
-def test_a_share_is_that_of_the_paper_in_a_step_of_64(make_trainer, arguments):
-    trainer = make_trainer(replay="auto", args=arguments(per_device_train_batch_size=32))
+def test_a_share_is_that_of_the_paper_in_a_step_of_64(measuring_trainer, arguments):
+    trainer = measuring_trainer(replay="auto", args=arguments(per_device_train_batch_size=32))
     assert trainer.replay.rows_per_step == 4
 
 
-def test_a_step_of_one_row_gets_a_replay_row_beside_it(make_trainer, arguments, caplog):
+def test_a_step_of_one_row_gets_a_replay_row_beside_it(measuring_trainer, arguments, caplog):
     args = arguments(per_device_train_batch_size=1, gradient_accumulation_steps=1)
-    trainer = make_trainer(replay="auto", args=args)
+    trainer = measuring_trainer(replay="auto", args=args)
     trainer.train()
     assert "gets 1 replay rows beside its task rows" in caplog.text
     assert all("gere/ce" in log and "gere/task_loss" in log for log in entries(trainer, "loss"))
 
 
-def test_more_than_half_is_warned_of(make_trainer, caplog):
-    make_trainer(replay=0.5).get_train_dataloader()
+def test_more_than_half_is_warned_of(measuring_trainer, caplog):
+    measuring_trainer(replay=0.5).get_train_dataloader()
     assert "more than half" not in caplog.text
-    make_trainer(replay=5).get_train_dataloader()
+    measuring_trainer(replay=5).get_train_dataloader()
     assert "5 of the 8 rows of each step are replay rows, more than half" in caplog.text
 
 

@@ -228,4 +228,4 @@ def test_example_of_the_readme_signature():
     parameters = GeReTrainer.__init__.__kwdefaults__
     assert parameters["gere_hidden_state_saving_dir"] == "./gere_saving"
     assert parameters["reuse_gere_hidden_state"] is True
-    assert parameters["num_interpolate_per_batch"] is None and parameters["w_strategy"] == "auto"
+    assert parameters["num_interpolate_per_batch"] == "auto" and parameters["w_strategy"] == "auto"

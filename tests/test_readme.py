@@ -73,12 +73,16 @@ def clone(monkeypatch, tmp_path):
 def test_quickstart(clone):
     """As it stands but for the device, with the callback where the README says. The log is the one that it shows."""
     train, names = "trainer.train()\n", {}
+    question = {"question": "What do plants need?", "choices": ["light", "noise"], "gold": 0}
+    (clone / "questions.jsonl").write_text(json.dumps(question))
     code = block("README.md", "trainer.save_model").replace(train, block("README.md", "Ability") + train)
     exec(code.replace('"report_to": "none"', '"report_to": "none", "use_cpu": True'), names)
-    history = names["trainer"].state.log_history
+    trainer = names["trainer"]
+    history = trainer.state.log_history
     logs = [log for log in history if "loss" in log]
-    (lines,) = [part for part in fenced("README.md", "") if "gere/ce" in part]
-    shown = [dict(re.findall(r"'([\w/]+)': '([^']+)'", line)) for line in lines.splitlines()]
+    (said,) = [part for part in fenced("README.md", "") if "gere/ce" in part]
+    opening, *lines, answer = said.splitlines()
+    shown = [dict(re.findall(r"'([\w/]+)': '([^']+)'", line)) for line in lines]
     assert len(shown) == len(logs) == 3
     first = {key: float(value) for key, value in shown[0].items()}
     assert {key: logs[0][key] for key in first} == pytest.approx(first, rel=0.05, abs=1e-5)
@@ -87,7 +91,9 @@ def test_quickstart(clone):
     assert keys == {cells[0].strip("`") for cells in table("method.md", "| key | meaning |")}
     assert keys > {cells[0].strip("`") for cells in table("README.md", "| key | meaning |")}
     general = [log for log in history if "general/loss" in log]
-    assert len(general) == 2 and "general/loss_change" in general[1]
+    assert len(general) == 2 and general[1]["general/change"] < 0 and "general/questions_change" in general[1]
+    assert f"gere: {trainer.replay.summary()}".startswith(answer) and "questions" in trainer.replay.summary()
+    assert trainer.replay.anchor.key in opening
     for folder in ("out", "out/final"):
         assert (clone / folder / "gere_anchor.json").is_file()
     assert len(list((clone / "gere_saving").glob("anchor-*"))) == 1
@@ -103,6 +109,7 @@ def test_usage_with_the_default_replay_set(monkeypatch, tmp_path, arguments, tas
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     for _ in range(2):
         names = {"model": load_tiny(), "args": arguments(eval_strategy="steps", eval_steps=2), "train": task}
         names |= {"dev": task[:4], "collator": DataCollatorForSeq2Seq(tokenizer), "tokenizer": tokenizer}
@@ -114,7 +121,7 @@ def test_usage_with_the_default_replay_set(monkeypatch, tmp_path, arguments, tas
     exec(block("trainers.md", "facts = "), names)
     shown = capsys.readouterr().out.splitlines()[-4:-1]
     folder = anchor.relative_to(tmp_path)
-    assert shown == ["True gere_saving 4", "1000", f"{anchor.name.removeprefix('anchor-')} {folder}"]
+    assert shown == ["True gere_saving 4", "936", f"{anchor.name.removeprefix('anchor-')} {folder}"]
 
 
 class MyTrainer(Trainer):
@@ -132,6 +139,7 @@ def run_recipe(mark, monkeypatch, tmp_path, **names):
 def test_recipe_of_a_trainer_of_ones_own(monkeypatch, tmp_path, arguments, task, tokenizer, general):
     texts = [{"text": f"{general[0]} {number}"} for number in range(1000)]
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: texts)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     names = {"MyTrainer": MyTrainer, "model": load_tiny(), "args": arguments(), "train": task, "tokenizer": tokenizer}
     trainer = run_recipe(
         "gere_trainer(MyTrainer)", monkeypatch, tmp_path, collator=DataCollatorForSeq2Seq(tokenizer), **names

@@ -51,7 +51,8 @@ def test_first_step_is_zero_then_the_distance_grows(make_trainer, strategy):
     assert last[f"gere/{strategy}"] > 0 and last["gere/weight"] == 1
     assert ("gere/violations" in last) == (strategy == "tm")
     assert {key for key in last if key.startswith("gere/")} <= {
-        *("gere/task_loss", "gere/ce", "gere/forgetting", "gere/weight", "gere/violations"), f"gere/{strategy}"
+        *("gere/task_loss", "gere/ce", "gere/replay_change", "gere/forgetting", "gere/weight", "gere/violations"),
+        f"gere/{strategy}",
     }  # fmt: skip
 
 
@@ -106,9 +107,10 @@ def test_loss_is_the_formula(make_trainer, arguments, general, strategy):
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.permutations(("tm", "ce", "kl", "l2"), 2)))
 def test_an_anchor_of_one_strategy_is_refused_by_another_by_name(make_trainer, first, second):
-    make_trainer(config={"replay_strategy": first}).train()
+    trainer = make_trainer(config={"replay_strategy": first})
+    trainer.train()
     with pytest.raises(CacheMismatchError, match="other strategy") as caught:
-        make_trainer(config={"replay_strategy": second}).train()
+        make_trainer(config={"replay_strategy": second, "anchor": trainer.replay.anchor.key}).train()
     assert caught.value.fields[0] == "strategy"
     assert FIELDS[first] in str(caught.value) and FIELDS[second] in str(caught.value)
 
@@ -200,7 +202,7 @@ def test_quantile_bands_train_and_are_another_anchor(make_trainer, bands):
     trainer.train()
     assert trainer.replay.anchor.fields["bands"].startswith("quantiles 0.")
     with pytest.raises(CacheMismatchError, match="other bands"):
-        make_trainer().train()
+        make_trainer(config={"anchor": trainer.replay.anchor.key}).train()
 
 
 @pytest.mark.parametrize(("lower", "upper"), [(0.16, 0.84), (0.05, 0.5), (0.4, 0.6)])
@@ -259,7 +261,7 @@ def test_a_live_base_needs_no_targets_on_disk_and_trains_alike(make_trainer, arg
     live = train(anchor="live")
     assert live.replay.anchor.fields["strategy"] == f"{FIELDS[strategy]}, live" and not live.replay.anchor.dim
     files = {path.name for path in live.replay.anchor.folder.iterdir()} - {"manifest.json", "rows.safetensors"}
-    assert files == ({"bands.safetensors"} if strategy == "tm" else set())
+    assert files == {"sample.safetensors"} | ({"bands.safetensors"} if strategy == "tm" else set())
     for one, two in zip(logs_of(stored), logs_of(live), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
         if strategy != "ce":

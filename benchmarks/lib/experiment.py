@@ -157,6 +157,7 @@ class Bench:
             w_strategy=setting.weight,
             gere_config=GeReConfig(
                 replay_dataset=replay,
+                replay_heldout=0,  # the scene has texts of its own
                 max_length=scene.lengths[1],
                 replay_strategy=setting.strategy,
                 normalization=setting.normalization,

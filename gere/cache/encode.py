@@ -60,7 +60,8 @@ def encode(
         files[SAMPLE] = {"weights": torch.tensor(plan.sample)}
     if constants:
         files[strategy.constants_file] = constants
-    shape = {"rows": len(plan.rows), "tokens": sum(map(len, plan.rows)), "dim": encoded[0].dim}
+    shape = {"rows": len(plan.rows), "heldout": len(plan.heldout), "dim": encoded[0].dim}
+    shape["tokens"] = sum(map(len, plan.rows))
     ranks.only(leads, lambda: _finish(partial, plan, files, digests, shape))
 
 

@@ -50,7 +50,7 @@ def shard_name(kind: str, number: int) -> str:
 def manifest_bytes(fields: Mapping[str, str], files: Mapping[str, str], shape: Mapping[str, int]) -> bytes:
     """Return the content of a manifest, where `files` has the SHA-256 of every file by name.
 
-    `shape` has `rows`, `tokens` and `dim`, the last dimension of what is kept of a token, 0 for nothing.
+    `shape` has `rows`, `heldout`, `tokens` and `dim`, the last dimension of what is kept of a token, 0 for nothing.
     """
     content = {
         "format_version": FORMAT_VERSION,

@@ -74,7 +74,8 @@ def anchor_lines(anchor: Mapping[str, Any]) -> Iterator[str]:
     if "error" in anchor:
         yield _indented(anchor["error"])
     else:
-        yield f"  {anchor['rows']:,} rows, {anchor['tokens']:,} tokens, dim {anchor['dim']:,}"
+        held_out = f", {anchor['heldout']} held out" if anchor.get("heldout") else ""
+        yield f"  {anchor['rows']:,} rows{held_out}, {anchor['tokens']:,} tokens, dim {anchor['dim']:,}"
         for name, value in anchor["fields"].items():
             # Twelve digits of a SHA-256 are enough to compare by eye.
             yield f"  {name:<14}" + re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", value)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gere._files import canonical_json, make_folder, read_lines, sha256, write_atomic
+from gere.cache.fingerprint import text_digest
 from gere.config import GeReConfig
-from gere.errors import ReplayDownloadError, ReplaySetError
+from gere.errors import CacheCorruptError, ReplayDownloadError, ReplaySetError
 
 HUB_DATASET, HUB_SIZE = "DKYoon/SlimPajama-6B", 1000
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
@@ -122,6 +123,44 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     write_atomic(path, "".join(lines).encode("utf-8", "surrogatepass"))
 
 
+def write_kept(path: Path, texts: Sequence[str], about: Mapping[str, Any]) -> None:
+    """Keep texts in a cache folder: JSON lines of `text` and `about`, the first of them with a digest of all texts."""
+    records = [{"text": text, **about} for text in texts]
+    records[0]["sha256"] = text_digest(texts)
+    write_records(path, records)
+
+
+def read_kept(path: Path, size: int, fix: str) -> list[str]:
+    """Read the texts that `write_kept` wrote.
+
+    Args:
+        path: The file.
+        size: Number of texts that it must have.
+        fix: What to do about a damaged file.
+
+    Raises:
+        CacheCorruptError: If they are not those that were written.
+    """
+    try:
+        records = list(read_lines(path))
+        texts = [record["text"] for record in records]
+        if len(texts) != size:
+            raise ValueError(f"{len(texts)} texts")
+        digest = text_digest(texts)
+        # Files from before version 0.2 have no digest.
+        if records[0].get("sha256", digest) != digest:
+            raise ValueError(f"texts with SHA-256 {digest}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheCorruptError(
+            "The kept replay texts are damaged.",
+            where=path,
+            expected=f"{size} lines as they were written, each a JSON object with the key 'text'",
+            found=f"{type(error).__name__}: {error}",
+            fix=fix,
+        ) from error
+    return texts
+
+
 def few(indices: Sequence[int]) -> str:
     """List the first ten row numbers, for a message."""
     shown = ", ".join(map(str, indices[:10]))
@@ -143,11 +182,11 @@ def _read_named(source: Source, cache_folder: Path) -> list[Any]:
     identity = {"name": name, "split": source.split, "column": source.column, "size": size}
     kept = cache_folder / f"replay-{sha256(canonical_json(identity))[:16]}.jsonl"
     if kept.is_file():
-        return read_file(kept, "text")
+        return read_kept(kept, size, "Restore the file; or delete it, and the texts are fetched from the hub again.")
     _require_reachable(source)
     # Checked before they are kept: a set that is too short would stop every later start.
     texts = _checked(_stream(source, size), source._replace(size=size))
-    write_records(kept, [{"text": text, **identity} for text in texts])
+    write_kept(kept, texts, identity)
     return texts
 
 

@@ -12,17 +12,17 @@ from typing import Any
 
 from torch import nn
 
-from gere._files import canonical_json, read_lines, sha256
+from gere._files import canonical_json, sha256
 from gere._log import logger
 from gere.cache.fingerprint import architecture_digest, weights_digest
 from gere.config import GeReConfig
-from gere.errors import CacheCorruptError, CacheMissingError, UnsupportedSettingError
+from gere.errors import CacheMissingError, UnsupportedSettingError
 from gere.model.sharded import is_sharded
 from gere.ranks import ALONE, Ranks
 from gere.replay.rows import adds_bos, private_copy, require_tokenizer, tokenizer_digest
 from gere.replay.sampling import TextSampler, prompt_of
 from gere.replay.sieve import draw
-from gere.replay.texts import HUB_SIZE, write_records
+from gere.replay.texts import HUB_SIZE, read_kept, write_kept
 
 METHOD = "2"  # raised when the same settings would give other texts
 
@@ -98,25 +98,13 @@ def _read(path: Path, config: GeReConfig, ranks: Ranks) -> list[str] | None:
     """Read the kept texts, once on each machine; `None` if there is no file."""
     if not ranks.first_here or not path.is_file():
         return None
-    try:
-        texts: list[str] = [record["text"] for record in read_lines(path)]
-        # Other damage is found by the anchor, which knows the digest of its texts.
-        if len(texts) != _size(config):
-            raise ValueError(f"{len(texts)} texts")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheCorruptError(
-            "The replay texts of the base model are damaged.",
-            where=path,
-            expected=f"{_size(config)} lines, each a JSON object with the key 'text'",
-            found=f"{type(error).__name__}: {error}",
-            fix="Restore the file; or delete it, and start from the base model, which writes the same texts again.",
-        ) from error
-    return texts
+    fix = "Restore the file; or delete it, and start from the base model, which writes the same texts again."
+    return read_kept(path, _size(config), fix)
 
 
 def _keep(path: Path, texts: Sequence[str], ranks: Ranks) -> None:
     if ranks.first_here:
-        write_records(path, [{"text": text, "source": "self"} for text in texts])
+        write_kept(path, texts, {"source": "self"})
 
 
 def _require_usable(model: nn.Module, tokenizer: Any, config: GeReConfig) -> None:

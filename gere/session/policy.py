@@ -29,7 +29,8 @@ def is_wrapped(trainer: Any) -> bool:
 
 def rows_of_micro_step(trainer: Any) -> int:
     """Rows of a micro-step over all ranks."""
-    return int(trainer.accelerator.num_processes * trainer._train_batch_size)
+    # Of the arguments, since new ones reset the state of the accelerator of an older trainer.
+    return int(trainer.args.world_size * trainer._train_batch_size)
 
 
 def may_mix(trainer: Any, rows_per_step: int, *, adding: bool) -> bool:

@@ -159,6 +159,7 @@ def test_figures_by_hand(tmp_path):
             "forgetting": 0.4,
             "invalid": 0.25,
             "general loss": 4.0,
+            "general accuracy": 0.6,
             "general change": 1.0,
             "eval loss": math.nan,
             "sciq": 0.6,
@@ -479,7 +480,10 @@ def cells_of(text):
     """Rows of the tables of a page."""
     tables = re.findall(r'<table class="(?:few|many|cards)">.*?</table>', text, re.DOTALL)
     return [
-        [[html.unescape("".join(cell.itertext())) for cell in row] for row in ElementTree.fromstring(table).iter("tr")]
+        [
+            ["".join(cell.itertext()).replace("\u00a0", " ") for cell in row]
+            for row in ElementTree.fromstring(table).iter("tr")
+        ]
         for table in tables
     ]
 

@@ -16,14 +16,15 @@ from gere import metrics
 from gere.report.runs import CHANGE, INTERVAL, LOSS, Run
 
 MISSING = "-"
-GENERAL_CHANGE = "general change"
-SIGNED = ("BWT", "FWT", "forgetting", GENERAL_CHANGE)  # differences
+CHANGED = "general change"
+SIGNED = ("BWT", "FWT", "forgetting", CHANGED)  # differences
 MEANINGS = {
     "AP": "task score: mean accuracy over the tasks, after the last one",
     "eval loss": "last loss on the evaluation set of a plain training; lower is better",
-    GENERAL_CHANGE: "general loss minus that of the base model, nats a token; above 0, general ability was lost",
+    CHANGED: "general loss minus that of the base model, nats a token; above 0, general ability was lost",
     "general loss": "held-out loss on general text, nats a token; lower is better",
-    "F1 Avg": "harmonic mean of the general accuracy (mean over its sets) and AP",
+    "general accuracy": "mean accuracy over the general sets",
+    "F1 Avg": "harmonic mean of the general accuracy and AP",
     "BWT": "accuracy after the last task minus accuracy just after the task, mean over the earlier tasks",
     "forgetting": "best accuracy since a task was trained minus that after the last task, mean over the earlier tasks",
     "OP": "mean of AP over the sequence: after the first task, after the second, and so on",
@@ -34,7 +35,7 @@ MEANINGS = {
 RESULT = {
     "AP": ("task score", "", max),
     "eval loss": ("loss on the task", "", min),
-    GENERAL_CHANGE: ("general change", " nats a token", min),
+    CHANGED: ("general change", " nats a token", min),
 }
 
 
@@ -53,59 +54,40 @@ class Group(NamedTuple):
 
 def figures(run: Run) -> dict[str, float]:
     """Compute all figures of a run by name, NaN where it has none; general accuracies come last, by their set."""
-    task = _after_the_last(run, run.scores)
-    # Tasks that are trained at once have no order, so nothing is forgotten or learned before its turn.
-    scores = run.scores[:0] if run.joint else run.scores
+    sets = {name: value for name, value in run.general_now.items() if name not in (LOSS, CHANGE, INTERVAL)}
+    # A measure of one's own may be no accuracy, and then there is no mean over the sets.
+    general = _mean([*sets.values()]) if all(0 <= value <= 1 for value in sets.values()) else math.nan
+    scores, task, invalid = run.scores, *map(metrics.average_performance, (run.scores, run.invalid))
+    if run.joint:
+        # Tasks that are trained at once have no order, so nothing is forgotten or learned before its turn.
+        scores, task, invalid = run.scores[:0], *(_mean(shares[-1:]) for shares in (run.scores, run.invalid))
     found = {
         "AP": task,
         "eval loss": run.eval_loss,
-        GENERAL_CHANGE: run.general_now.get(CHANGE, math.nan),
+        CHANGED: run.general_now.get(CHANGE, math.nan),
         "general loss": run.general_now.get(LOSS, math.nan),
-        "F1 Avg": metrics.harmonic_mean(ability(run.general_now), task),
+        "general accuracy": general,
+        "F1 Avg": metrics.harmonic_mean(general, task),
         "BWT": metrics.backward_transfer(scores),
         "forgetting": _mean(metrics.forgetting(scores)),
         "OP": metrics.overall_performance(scores),
         "FWT": metrics.forward_transfer(scores, run.before),
-        "invalid": _after_the_last(run, run.invalid),
+        "invalid": invalid,
     }
-    return found | _accuracies(run.general_now)
+    return found | sets
 
 
 def untouched(run: Run) -> dict[str, float]:
     """Compute the figures that a run's model had before training."""
-    task = _mean(run.before)
-    found = {
-        "AP": task,
-        "F1 Avg": metrics.harmonic_mean(ability(run.general_before), task),
-        "invalid": _mean(run.before_invalid),
-        "general loss": run.general_before.get(LOSS, math.nan),
-    }
-    return found | _accuracies(run.general_before)
-
-
-def ability(values: Mapping[str, float]) -> float:
-    """Compute the general accuracy, the mean over the sets; NaN without one, or if one is no accuracy."""
-    found = list(_accuracies(values).values())
-    if all(0 <= value <= 1 for value in found):
-        return _mean(found)
-    return math.nan
-
-
-def _accuracies(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if name not in (LOSS, CHANGE, INTERVAL)}
-
-
-def _after_the_last(run: Run, matrix: NDArray[np.float64]) -> float:
-    """Return the mean over the trained tasks after the last one."""
-    if run.joint and len(matrix):
-        return _mean(matrix[-1])  # the one row is of all tasks
-    return metrics.average_performance(matrix)
+    # One row of all tasks, and none of a plain training.
+    scores, invalid = (row[None][: len(row)] for row in (run.before, run.before_invalid))
+    general = {name: value for name, value in run.general_before.items() if name != CHANGE}
+    before = dataclasses.replace(run, scores=scores, invalid=invalid, general_now=general, joint=True)
+    return figures(dataclasses.replace(before, eval_loss=math.nan))
 
 
 def _mean(values: Sequence[float] | NDArray[np.float64]) -> float:
-    if not len(values):
-        return math.nan
-    return float(np.mean(values))
+    return float(np.mean(values)) if len(values) else math.nan
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
@@ -149,10 +131,10 @@ def _means(done: Sequence[Run]) -> dict[str, metrics.Interval]:
         # A mean over some of the seeds would stand beside means over all of them.
         if all(map(math.isfinite, values)):
             means[key] = metrics.interval(values)
-    if len(done) == 1 and GENERAL_CHANGE in means:
+    if len(done) == 1 and CHANGED in means:
         # One run has no interval over seeds, but its texts may have given it one.
         half = done[0].general_now.get(INTERVAL, math.nan)
-        means[GENERAL_CHANGE] = means[GENERAL_CHANGE]._replace(half=half)
+        means[CHANGED] = means[CHANGED]._replace(half=half)
     return means
 
 

@@ -10,17 +10,16 @@ import importlib
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from gere.errors import MissingPackageError
-from gere.metrics import Interval, interval
-from gere.report.figures import Group, ability, figures, untouched
-from gere.report.runs import GENERAL, INTERVAL, LOSS
+from gere.metrics import interval
+from gere.report.figures import Group, figures, untouched
+from gere.report.runs import GENERAL, INTERVAL
 
 Place = tuple[float, float]
-Measure = Callable[[Mapping[str, float]], float]
 
 # Larger values overflow where an axis adds its margins.
 LARGEST = 1e300
@@ -163,66 +162,46 @@ def _draw_lines(axes: Any, lines: Sequence[tuple[Style, Sequence[Place]]], marks
 
 def trade_offs(groups: Sequence[Group]) -> Iterator[Picture]:
     """Draw AP over general accuracy and over general loss, as far as runs at their end have them."""
-    for about, x_name, measure in (
-        ("general accuracy", "general accuracy (right is better)", ability),
-        ("general loss", "general loss, nats a token (left is better)", _loss),
+    for about, x_name in (
+        ("general accuracy", "general accuracy (right is better)"),
+        ("general loss", "general loss, nats a token (left is better)"),
     ):
-        found = {}
+        found = []
         for number, held in enumerate(groups):
-            before, after = _places(held, measure)
-            if after:
-                found[style_of(number)] = (before, after)
+            after = [(row[about], row["AP"]) for row in map(figures, held.done)]
+            before = dict.fromkeys((row[about], row["AP"]) for row in map(untouched, held.done))
+            # A mean over some of the seeds would stand beside means over all of them.
+            if after and all(map(_drawable, after)):
+                found.append((style_of(number), list(filter(_drawable, before)), after))
         if found:
             title = f"AP over {about}"
             yield Picture(title, _svg(title, partial(_draw_trade_off, found=found, x_name=x_name)))
-
-
-def _loss(values: Mapping[str, float]) -> float:
-    return values.get(LOSS, math.nan)
-
-
-def _places(held: Group, measure: Measure) -> tuple[list[Place], list[Place]]:
-    """Place the models of a group before training, each once, and after it, if all finished runs have values."""
-    after = [(measure(run.general_now), figures(run)["AP"]) for run in held.done]
-    before = dict.fromkeys((measure(run.general_before), untouched(run)["AP"]) for run in held.done)
-    if not all(map(_drawable, after)):
-        after = []
-    return list(filter(_drawable, before)), after
 
 
 def _drawable(place: Place) -> bool:
     return all(abs(value) < LARGEST for value in place)
 
 
-def _draw_trade_off(axes: Any, found: Mapping[Style, tuple[list[Place], list[Place]]], x_name: str) -> None:
-    means = [[interval(values) for values in zip(*after, strict=True)] for _, after in found.values()]
-    for (style, (before, after)), (x, y) in zip(found.items(), means, strict=True):
-        colour, marker = COLOURS[style.colour], style.marker
-        for at in before:
-            axes.plot(*at, marker, color=colour, markerfacecolor="none", markeredgewidth=1.5)
+def _draw_trade_off(axes: Any, found: Sequence[tuple[Style, list[Place], list[Place]]], x_name: str) -> None:
+    for style, before, after in found:
+        look = {"color": COLOURS[style.colour], "marker": style.marker, "linestyle": "none"}
+        axes.plot(*_across(before), **look, markerfacecolor="none", markeredgewidth=1.5)
+        axes.plot(*_across(after), **look, alpha=0.5)
+    # The axes fit the points. A bar that is much longer is cut at the edge of the plot.
+    axes.margins(0.2)
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    for style, _, after in found:
+        x, y = map(interval, _across(after))
+        colour = COLOURS[style.colour]
         # A single run is its own mean, without an interval. Bars lie below all points, means above them.
         if len(after) > 1:
-            for at in after:
-                axes.plot(*at, marker, color=colour, alpha=0.5)
             axes.errorbar(x.mean, y.mean, y.half, x.half, fmt="none", color=colour, capsize=4, zorder=1.9)
-        axes.plot(x.mean, y.mean, marker, color=colour, markeredgecolor=BACK, markersize=11, zorder=3)
-    every = [place for before, after in found.values() for place in (*before, *after)]
-    axes.set_xlim(*_limits([across for across, _ in every], [x for x, _ in means]))
-    axes.set_ylim(*_limits([up for _, up in every], [y for _, y in means]))
+        axes.plot(x.mean, y.mean, style.marker, color=colour, markeredgecolor=BACK, markersize=11, zorder=3)
     axes.set(xlabel=x_name, ylabel="AP (up is better)")
 
 
-def _limits(values: Sequence[float], means: Sequence[Interval]) -> Place:
-    """Compute both ends of an axis; a bar that would leave the points less than a third of it is cut at its edge."""
-    low, high = min(values), max(values)
-    room = high - low or math.inf  # points in one place take any bar
-    first, last = low, high
-    for mean in means:
-        if math.isfinite(mean.half):
-            first = min(first, max(mean.mean - mean.half, low - room))
-            last = max(last, min(mean.mean + mean.half, high + room))
-    margin = 0.05 * (last - first) or 0.1 * abs(last) or 1.0
-    return first - margin, last + margin
+def _across(places: Sequence[Place]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in places], [y for _, y in places]
 
 
 def _svg(title: str, draw: Callable[[Any], None]) -> str:

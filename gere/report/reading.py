@@ -174,19 +174,10 @@ def _read_logs(path: Path, rows: int) -> tuple[Curves, list[float]]:
 
 
 def _find_state(folder: Path) -> Path | None:
-    """Find the state that is farthest, of the folder or of its newest checkpoint."""
+    """Find the state that is farthest, of the folder or of a checkpoint."""
     # A resumed run that was stopped leaves an old state beside newer checkpoints.
-    checkpoints = sorted(folder.glob("checkpoint-*/" + STATE), key=_checkpoint)
-    states = [path for path in (folder / STATE, *checkpoints[-1:]) if path.is_file()]
+    states = [path for path in (folder / STATE, *sorted(folder.glob("checkpoint-*/" + STATE))) if path.is_file()]
     return max(states, key=lambda path: number(_read_object(path).get("global_step")) or 0.0, default=None)
-
-
-def _checkpoint(path: Path) -> int:
-    """Return the step of the checkpoint that holds a file; -1 for another folder."""
-    step = path.parent.name.partition("-")[2]
-    if step.isascii() and step.isdecimal():
-        return int(step)
-    return -1
 
 
 def _read_training(folder: Path, path: Path) -> Run:

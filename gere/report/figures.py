@@ -57,10 +57,9 @@ def figures(run: Run) -> dict[str, float]:
     sets = {name: value for name, value in run.general_now.items() if name not in (LOSS, CHANGE, INTERVAL)}
     # A measure of one's own may be no accuracy, and then there is no mean over the sets.
     general = _mean([*sets.values()]) if all(0 <= value <= 1 for value in sets.values()) else math.nan
-    scores, task, invalid = run.scores, *map(metrics.average_performance, (run.scores, run.invalid))
-    if run.joint:
-        # Tasks that are trained at once have no order, so nothing is forgotten or learned before its turn.
-        scores, task, invalid = run.scores[:0], *(_mean(shares[-1:]) for shares in (run.scores, run.invalid))
+    task = _after_the_last(run, run.scores)
+    # Tasks that are trained at once have no order, so nothing is forgotten or learned before its turn.
+    scores = run.scores[:0] if run.joint else run.scores[1:]
     found = {
         "AP": task,
         "eval loss": run.eval_loss,
@@ -71,23 +70,29 @@ def figures(run: Run) -> dict[str, float]:
         "BWT": metrics.backward_transfer(scores),
         "forgetting": _mean(metrics.forgetting(scores)),
         "OP": metrics.overall_performance(scores),
-        "FWT": metrics.forward_transfer(scores, run.before),
-        "invalid": invalid,
+        "FWT": metrics.forward_transfer(scores, run.scores[0]),
+        "invalid": _after_the_last(run, run.invalid),
     }
     return found | sets
 
 
 def untouched(run: Run) -> dict[str, float]:
     """Compute the figures that a run's model had before training."""
-    # One row of all tasks, and none of a plain training.
-    scores, invalid = (row[None][: len(row)] for row in (run.before, run.before_invalid))
+    # As if the untouched model were that of all tasks.
+    scores, invalid = run.scores[[0, 0]], run.invalid[[0, 0]]
     general = {name: value for name, value in run.general_before.items() if name != CHANGE}
     before = dataclasses.replace(run, scores=scores, invalid=invalid, general_now=general, joint=True)
     return figures(dataclasses.replace(before, eval_loss=math.nan))
 
 
+def _after_the_last(run: Run, shares: NDArray[np.float64]) -> float:
+    if run.joint:
+        return _mean(shares[1:][-1:])  # the one row is of all tasks
+    return metrics.average_performance(shares[1:])
+
+
 def _mean(values: Sequence[float] | NDArray[np.float64]) -> float:
-    return float(np.mean(values)) if len(values) else math.nan
+    return float(np.mean(values)) if np.size(values) else math.nan
 
 
 def group(runs: Sequence[Run]) -> list[Group]:

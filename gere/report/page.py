@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from numpy.typing import NDArray
 
 from gere.report.figures import MEANINGS, RESULT, Group, columns, figures, result, shown, table
 from gere.report.plots import MARKERS, curves, style_of, trade_offs
@@ -46,27 +45,27 @@ def page(groups: Sequence[Group]) -> str:
     )
 
 
-def _heat_map(run: Run) -> Mapping[str, Any]:
-    """Lay out the matrix of a sequence: after each task (down) the accuracy on each task (across)."""
-    rows = [("before training", _cells(run.before, run.before_invalid))]
+class Cell(NamedTuple):
+    """Accuracy, opacity of the colour behind it and share of invalid answers; empty where there is none."""
+
+    score: str
+    shade: str
+    invalid: str
+
+
+def _heat_map(run: Run) -> tuple[str, list[list[str | Cell]]]:
+    """Lay out the matrix of a sequence under a caption: after each task (down) the accuracy on each task (across)."""
+    rows: list[list[str | Cell]] = [["accuracy on", *run.tasks]]
     tasks = ("all tasks",) if run.joint else run.tasks
-    for index, task in enumerate(tasks):
-        cells = []
-        if index < len(run.scores):
-            cells = _cells(run.scores[index], run.invalid[index])
-        rows.append((f"after {task}", cells))
-    caption = ": ".join(filter(None, (run.label, run.state)))
-    return {"caption": caption, "tasks": run.tasks, "rows": rows}
+    for index, name in enumerate(["before training", *(f"after {task}" for task in tasks)]):
+        shares = zip(run.scores[index : index + 1].flat, run.invalid[index : index + 1].flat, strict=True)
+        rows.append([name, *(_cell(score, bad) for score, bad in shares)])
+    return ": ".join(filter(None, (run.label, run.state))), rows
 
 
-def _cells(scores: NDArray[Any], invalid: NDArray[Any]) -> list[tuple[str, str, str]]:
-    """Write accuracy, opacity of the colour behind it and share of invalid answers; empty where there is none."""
-    cells = []
-    for score, bad in zip(scores.tolist(), invalid.tolist(), strict=True):
-        shade = f"{0.6 * score:.2f}" if math.isfinite(score) else ""
-        wrong = f"{bad:.2f}" if bad >= LEAST_INVALID else ""
-        cells.append((shown(score), shade, wrong))
-    return cells
+def _cell(score: float, invalid: float) -> Cell:
+    shade = f"{0.6 * score:.2f}" if math.isfinite(score) else ""
+    return Cell(shown(score), shade, f"{invalid:.2f}" if invalid >= LEAST_INVALID else "")
 
 
 def _settings(groups: Sequence[Group]) -> list[tuple[str, str]]:

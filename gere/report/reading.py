@@ -78,12 +78,12 @@ def _read_sequence(folder: Path) -> Run:
         same = matrix.get("tasks") == list(about["tasks"])
         _require(same, f"{path}, tasks", f"those of {ABOUT}: {list(about['tasks'])}", matrix.get("tasks"))
         about["date"] = _date(path)
-    scores, invalid = (_shares(matrix.get(key), size, most, f"{path}, {key}") for key in ("accuracy", "invalid"))
-    done = len(scores)
-    _require(len(invalid) == done, f"{path}, invalid", f"{done} rows, as in accuracy", len(invalid))
-    for key in ("before", "before_invalid"):
-        row = matrix.get(key)
-        about[key] = _shares([[None] * size if row is None else row], size, 1, f"{path}, {key}")[0]
+    for name, key, before in (("scores", "accuracy", "before"), ("invalid", "invalid", "before_invalid")):
+        row = matrix.get(before)
+        first = _shares([[None] * size if row is None else row], size, 1, f"{path}, {before}")
+        about[name] = np.vstack([first, _shares(matrix.get(key), size, most, f"{path}, {key}")])
+    done, answers = len(about["scores"]) - 1, len(about["invalid"]) - 1
+    _require(answers == done, f"{path}, invalid", f"{done} rows, as in accuracy", answers)
     general = matrix.get("general") or []
     sound = isinstance(general, list) and all(isinstance(entry, dict | None) for entry in general)
     _require(sound and len(general) <= done + 1, f"{path}, general", f"at most {done + 1} objects", general)
@@ -102,8 +102,6 @@ def _read_sequence(folder: Path) -> Run:
     return Run(
         folder=folder,
         **about,
-        scores=scores,
-        invalid=invalid,
         general_before=general_at(measured, last=False),
         general_now=general_at({key: values for key, values in measured.items() if done in values}, last=True),
         curves=curves,

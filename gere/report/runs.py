@@ -30,10 +30,9 @@ class Run:
         label: Name that no other run has, once the runs are grouped.
         date: Day of its last measurement, in UTC.
         settings: Settings by their dotted names, without those in which seeds differ.
-        scores: Accuracy after each trained task on each task, (R, T), NaN where not evaluated.
-        invalid: Share of invalid answers, (R, T).
-        before: Accuracy of the untouched model, (T,).
-        before_invalid: Share of its invalid answers, (T,).
+        scores: Accuracy of the untouched model, and after each trained task, on each task, (1 + R, T), NaN where not
+            evaluated.
+        invalid: Share of invalid answers, (1 + R, T).
         joint: Whether all tasks were trained at once (R is at most 1), as an upper bound.
         eval_loss: Last loss on the evaluation set of a plain training.
         general_before: General ability of the untouched model, by name without `general/`.
@@ -51,10 +50,8 @@ class Run:
     date: str = ""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tasks: tuple[str, ...] = ()
-    scores: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros((0, 0)))
-    invalid: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros((0, 0)))
-    before: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros(0))
-    before_invalid: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros(0))
+    scores: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros((1, 0)))
+    invalid: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros((1, 0)))
     joint: bool = False
     eval_loss: float = math.nan
     general_before: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -461,7 +461,8 @@ def test_the_page_begins_with_the_result(tmp_path):
     ]
     text = make_report(folders).html
     begin = html.unescape(re.sub(r"<[^>]*>", " ", text[text.index("<body>") : text.index("Task score against")]))
-    says = "gere has the highest task score, 0.700 ± 0.000 and the lowest general change, +0.105 ± 0.064 nats a token."
+    says = "The highest task score is that of gere, 0.700 ± 0.000. "
+    says += "The lowest general change is that of gere, +0.105 ± 0.064 nats a token."
     assert " ".join(begin.split()).startswith(f"Training report {says} group task score (AP) general change seeds")
     table = rows_of("".join(f"| {' | '.join(row)} |\n" for row in cells_of(text)[0]))
     assert table["plain"] == {
@@ -472,6 +473,10 @@ def test_the_page_begins_with_the_result(tmp_path):
     }
     (one,) = re.findall(r'<p class="result">(.*?)</p>', make_report(folders[:1]).html)
     assert one == "gere has a task score of 0.700 and a general change of +0.100 nats a token."
+    other = sequence(tmp_path / "other", name="other", accuracy=[[0.9, 0.2], [0.7, 0.7]])
+    assert "The highest task score is that of gere and other, 0.700." in make_report([folders[0], other]).html
+    elsewhere = sequence(tmp_path / "elsewhere", name="elsewhere", tasks=["x", "y"])
+    assert "gere has a task score of 0.700 and" in make_report([folders[0], elsewhere]).html, "not to be compared"
     begun = make_report([sequence(tmp_path / "begun", rows=1)]).html
     assert "There is no result yet" in begun
 

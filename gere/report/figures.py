@@ -145,19 +145,20 @@ def _means(done: Sequence[Run]) -> dict[str, metrics.Interval]:
 
 def result(groups: Sequence[Group]) -> str:
     """Say which group has the best task score and which the lowest general change; empty if none is known."""
-    phrases: dict[str, list[str]] = {}
+    sentences: list[str] = []
+    alone: dict[str, list[str]] = {}
     for key, (what, unit, best) in RESULT.items():
         found = [(held.means[key], held) for held in groups if key in held.means]
         # Scores on other tasks cannot be compared.
-        rivals = len(found) > 1 and len({held.runs[0].tasks for _, held in found}) == 1
-        top = best((value.mean for value, _ in found), default=math.nan)
-        rank = "highest" if best is max else "lowest"
-        for value, held in found:
-            if not rivals:
-                phrases.setdefault(held.name, []).append(f"a {what} of {_cell(value, key)}{unit}")
-            elif value.mean == top:
-                phrases.setdefault(held.name, []).append(f"the {rank} {what}, {_cell(value, key)}{unit}")
-    return " ".join(f"{name} has {' and '.join(parts)}." for name, parts in phrases.items())
+        if len(found) > 1 and len({held.runs[0].tasks for _, held in found}) == 1:
+            top = best((value for value, _ in found), key=lambda value: value.mean)
+            names = " and ".join(held.name for value, held in found if value.mean == top.mean)
+            rank = "highest" if best is max else "lowest"
+            sentences.append(f"The {rank} {what} is that of {names}, {_cell(top, key)}{unit}.")
+        else:
+            for value, held in found:
+                alone.setdefault(held.name, []).append(f"a {what} of {_cell(value, key)}{unit}")
+    return " ".join(sentences + [f"{name} has {' and '.join(parts)}." for name, parts in alone.items()])
 
 
 def table(groups: Sequence[Group], only: Iterable[str] | None = None) -> list[list[str]]:

@@ -120,7 +120,9 @@ def _read_about(folder: Path) -> dict[str, Any]:
     _require("name" in about and isinstance(name, str | None), f"{path}, name", "a text or null", repr(name))
     _require(isinstance(seed, int), f"{path}, seed", "a whole number", repr(seed))
     every = flat(settings) if isinstance(settings, dict) else {}
-    kept = {key: value for key, value in sorted(every.items()) if not OF_A_SEED.fullmatch(key)}
+    kept = {
+        key: every[key] for key in sorted(every, key=lambda key: (key != "model", key)) if not OF_A_SEED.fullmatch(key)
+    }
     return {
         "name": folder.resolve().name if name is None else name,
         "kind": json.dumps([name, tasks, about.get("files"), kept], sort_keys=True),

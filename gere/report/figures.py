@@ -43,7 +43,7 @@ class Group(NamedTuple):
     """Runs that differ only in seed and folder; `means` has the figures that all finished ones have."""
 
     name: str
-    runs: tuple[Run, ...]
+    runs: list[Run]
     means: dict[str, metrics.Interval]
 
     @property
@@ -105,17 +105,14 @@ def group(runs: Sequence[Run]) -> list[Group]:
     for name, alike in zip(names, kinds.values(), strict=True):
         if names.count(name) > 1:
             name = f"{name} ({alike[0].folder})"
-        labelled = tuple(dataclasses.replace(run, label=_label(run, name, alike)) for run in alike)
+        seeds, labelled = [run.seed for run in alike], []
+        for run in alike:
+            label = name if len(alike) == 1 else f"{name}, seed {run.seed}"
+            if seeds.count(run.seed) > 1:
+                label = f"{name} ({run.folder})"
+            labelled.append(dataclasses.replace(run, label=label))
         groups.append(Group(name, labelled, _means([run for run in labelled if not run.state])))
     return groups
-
-
-def _label(run: Run, name: str, alike: Sequence[Run]) -> str:
-    if len(alike) == 1:
-        return name
-    if [other.seed for other in alike].count(run.seed) == 1:
-        return f"{name}, seed {run.seed}"
-    return f"{name} ({run.folder})"
 
 
 def _common_name(runs: Sequence[Run]) -> str:

@@ -28,7 +28,7 @@ LOGARITHMIC_FROM = 1e3
 NATS = "nats a token"
 # What a curve shows, and its unit.
 CURVES = {
-    "general/loss": ("Loss on held-out general texts, the mean over the texts. Lower is better.", NATS),
+    "general/loss": ("Loss on held-out general texts. Lower is better.", NATS),
     "general/change": ("Held-out loss minus that of the base model. Above 0, general ability was lost.", NATS),
     "gere/task_loss": ("Loss of the task rows, as the plain trainer would log it.", NATS),
     "gere/ce": ("Cross-entropy of the replayed texts.", NATS),
@@ -185,23 +185,20 @@ def _drawable(place: Place) -> bool:
 def _draw_trade_off(axes: Any, found: Sequence[tuple[Style, list[Place], list[Place]]], x_name: str) -> None:
     for style, before, after in found:
         look = {"color": COLOURS[style.colour], "marker": style.marker, "linestyle": "none"}
-        axes.plot(*_across(before), **look, markerfacecolor="none", markeredgewidth=1.5)
-        axes.plot(*_across(after), **look, alpha=0.5)
+        for place in before:
+            axes.plot(*place, **look, markerfacecolor="none", markeredgewidth=1.5)
+        axes.plot(*zip(*after, strict=True), **look, alpha=0.5)
     # The axes fit the points. A bar that is much longer is cut at the edge of the plot.
     axes.margins(0.2)
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
     for style, _, after in found:
-        x, y = map(interval, _across(after))
+        x, y = map(interval, zip(*after, strict=True))
         colour = COLOURS[style.colour]
         # A single run is its own mean, without an interval. Bars lie below all points, means above them.
         if len(after) > 1:
             axes.errorbar(x.mean, y.mean, y.half, x.half, fmt="none", color=colour, capsize=4, zorder=1.9)
         axes.plot(x.mean, y.mean, style.marker, color=colour, markeredgecolor=BACK, markersize=11, zorder=3)
     axes.set(xlabel=x_name, ylabel="AP (up is better)")
-
-
-def _across(places: Sequence[Place]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in places], [y for _, y in places]
 
 
 def _svg(title: str, draw: Callable[[Any], None]) -> str:

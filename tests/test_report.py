@@ -471,6 +471,9 @@ def test_the_page_begins_with_the_result(tmp_path):
         "general change": "+1.505 ± 0.064",
         "seeds": "0, 1",
     }
+    figures = {row[0]: row[1:] for row in cells_of(text)[1]}
+    assert figures["group"] == ["before training", "gere", "plain", ""]
+    assert figures["AP"] == ["0.100", "0.700 ± 0.000", "0.500 ± 0.000", MEANINGS["AP"]]
     (one,) = re.findall(r'<p class="result">(.*?)</p>', make_report(folders[:1]).html)
     assert one == "gere has a task score of 0.700 and a general change of +0.100 nats a token."
     other = sequence(tmp_path / "other", name="other", accuracy=[[0.9, 0.2], [0.7, 0.7]])

@@ -33,8 +33,8 @@ def page(groups: Sequence[Group]) -> str:
         dates=sorted({run.date for run in runs}),
         result=result(groups),
         small=small,
-        means=means,
-        meanings={key: MEANINGS[key] for key in means[0] if key in MEANINGS},
+        # On the page the groups stand side by side, so that each figure has a line with its meaning.
+        means=[[*row, MEANINGS.get(row[0], "")] for row in zip(*means, strict=True)],
         legend=[(held.name, style, MARKERS[style.marker]) for held, style in zip(groups, styles, strict=True)],
         trade_offs=list(trade_offs(groups)),
         general=curves(GENERAL, groups),

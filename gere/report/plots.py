@@ -42,7 +42,7 @@ CURVES = {
     "gere/l2": ("Mean squared distance of the states of replayed texts from those of the base model.", ""),
     "gere/violations": ("Share of the state elements of replayed texts outside their region.", ""),
     "gere/weight": ("Mean weight of the distance in the loss, over the rows that have a distance.", ""),
-    "gere/capped": ("Share of these rows whose weight is at its cap. Near 1, the model drifts far.", ""),
+    "gere/capped": ("Share of the rows with a distance whose weight is at its cap. Near 1, the model drifts far.", ""),
     "gere/unrelated": ("Mean distance to unrelated text, by which the weight is calibrated.", ""),
 }
 GENERAL_SET = ("Accuracy on this general task, or a measure of your own.", "")

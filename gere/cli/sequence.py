@@ -34,11 +34,12 @@ def _run(options: argparse.Namespace) -> int:
     names = ["before", *(matrix.tasks if settings.mode == "sequence" else ["all tasks"])]
     accuracies: list[Any] = [matrix.before, *matrix.accuracy]
     rows = [["after", *matrix.tasks, "general change"]]
+    start = matrix.general[0].get("general/loss")
     for name, row, now in zip(names, accuracies, matrix.general, strict=True):
         shares = ["-" if share is None else f"{share:.4f}" for share in row]
         change = "-"
-        if "general/loss" in now:
-            change = f"{now['general/loss'] - matrix.general[0]['general/loss']:+.4f}"
+        if "general/loss" in now and start is not None:
+            change = f"{now['general/loss'] - start:+.4f}"
         rows.append([name, *shares, change])
     width = max(len(row[0]) for row in rows)
     lines = []

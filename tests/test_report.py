@@ -26,8 +26,8 @@ from gere.cli.main import main
 from gere.errors import ConfigError, MissingPackageError, RunFolderError
 from gere.report import make_report
 from gere.report.figures import MEANINGS, figures
+from gere.report.plots import CURVES
 from gere.report.reading import read_runs
-from gere.report.runs import Run, labels_of
 
 TASKS = ["agnews", "yelp"]
 ACCURACY = [[0.9, 0.2], [0.5, 0.7]]
@@ -121,7 +121,7 @@ def drawn(picture):
         for use in part.iter(f"{SVG}use"):
             place = value_at(picture, "x", use.get("x")), value_at(picture, "y", use.get("y"))
             colour = re.search(r"--c\d", use.get("style"))[0]
-            found["dots" if "C" in paths[use.get(HREF)[1:]] else "caps"].append((colour, *place))
+            found["dots" if "z" in paths[use.get(HREF)[1:]] else "caps"].append((colour, *place))
         for path in part.findall(f"{SVG}path"):
             points = re.findall(r"[ML] (\S+) (\S+)", path.get("d"))
             places = [(value_at(picture, "x", x), value_at(picture, "y", y)) for x, y in points]
@@ -159,13 +159,17 @@ def test_figures_by_hand(tmp_path):
             "forgetting": 0.4,
             "invalid": 0.25,
             "general loss": 4.0,
-            "change": 1.0,
+            "general accuracy": 0.6,
+            "general change": 1.0,
+            "eval loss": math.nan,
             "sciq": 0.6,
-        }
+        },
+        nan_ok=True,
     )
     assert run.curves["general/loss"] == {0: 3.0, 10: 3.5, 20: 4.0}
     assert run.curves["gere/ce"] == {5: 3.5, 10: 4.0, 15: 4.5, 20: 5.0}
-    assert set(run.curves) == {"general/loss", "general/sciq", "gere/ce", "gere/weight"}
+    assert run.curves["general/change"] == {0: 0.0, 10: 0.5, 20: 1.0}
+    assert set(run.curves) == {"general/loss", "general/change", "general/sciq", "gere/ce", "gere/weight"}
 
 
 def test_means_over_seeds_with_their_intervals(tmp_path):
@@ -212,7 +216,7 @@ def test_plain_trainings_alone(tmp_path):
     done, half = training(tmp_path / "done"), training(tmp_path / "half", steps=5)
     report = make_report([done, half])
     found = rows_of(report.markdown)
-    assert (found["done"]["general loss"], found["done"]["change"], found["done"]["sciq"]) == (
+    assert (found["done"]["general loss"], found["done"]["general change"], found["done"]["sciq"]) == (
         "3.250",
         "+0.250",
         "0.700",
@@ -271,7 +275,7 @@ def test_page_is_whole_and_loads_nothing(mixed):
 def test_names_are_text_wherever_they_stand(mixed):
     text = make_report(mixed).html
     page = Page(text)
-    assert "i" in page.tags and "b" not in page.tags, "the legend alone has i"
+    assert not {"i", "b"} & set(page.tags)
     assert {HOSTILE, f"{HOSTILE}, seed 1", "after b&c", "<i>"} <= {part.strip() for part in page.texts}
     labels = {value for name, value in page.attributes if name == "aria-label"}
     assert {'gere/"><img src="x"> over optimizer steps', "general/$\\frac{<b>? over optimizer steps"} <= labels
@@ -283,7 +287,7 @@ def test_a_picture_takes_ids_and_colours_from_nowhere_else(mixed):
     every = [value for name, value in Page(text).attributes if name == "id"]
     assert len(every) == len(set(every)) > 100
     found = pictures(text)
-    assert len(found) == text.count("<svg") >= 8
+    assert len(found) == text.count('role="img"') >= 8
     for picture in found.values():
         svg = ElementTree.tostring(picture, encoding="unicode")
         own = {part.get("id") for part in picture.iter()}
@@ -317,7 +321,7 @@ def test_same_bytes_for_the_same_files(mixed, tmp_path):
 
 def test_heat_map(tmp_path):
     text = make_report([sequence(tmp_path / "run", accuracy=[[0.9, None], [0.5, 0.7]])]).html
-    table = ElementTree.fromstring(re.search(r'<table class="heat wide">.*?</table>', text, re.DOTALL)[0])
+    table = ElementTree.fromstring(re.search(r'<table class="heat few">.*?</table>', text, re.DOTALL)[0])
     cells = [["".join(cell.itertext()).strip() for cell in row] for row in table.iter("tr")]
     assert cells == [
         ["accuracy on", *TASKS],
@@ -407,9 +411,217 @@ def test_no_run(tmp_path):
         make_report([tmp_path / "a", tmp_path / "b" / ".." / "a"])
 
 
-def test_labels_are_unlike():
-    runs = [Run(Path("a"), "tm", 0), Run(Path("b"), "tm", 1), Run(Path("c"), "tm", 1), Run(Path("d"), "ce", 0)]
-    assert labels_of(runs) == ["tm, seed 0", "tm, seed 1 (b)", "tm, seed 1 (c)", "ce"]
+def test_runs_that_differ_in_seed_and_folder_are_one_group(tmp_path):
+    """Of sequences without a name of their own, and of trainings whose folder names the seed."""
+    made = {"model": "m", "trainer": "gere", "training": {"learning_rate": 1e-4, "data_seed": 1}}
+    other = {**made, "training": {"learning_rate": 1e-3, "data_seed": 1}}
+    folders = [
+        sequence(tmp_path / f"gere-{seed}", name=None, seed=seed, settings={**made, "seed": seed}) for seed in (9, 10)
+    ]
+    folders.append(sequence(tmp_path / "gere-fast", name=None, settings={**other, "seed": 0}))
+    folders.append(sequence(tmp_path / "mine", name="mine", settings={**made, "seed": 0}))
+    folders += [training(tmp_path / f"sft-seed-{seed}") for seed in (0, 1)]
+    report = make_report(folders)
+    found = rows_of(report.markdown)
+    assert [(name, found[name]["seeds"]) for name in list(found)[-4:]] == [
+        ("gere", "9, 10"),
+        ("gere-fast", "0"),
+        ("mine", "0"),
+        ("sft", "0, 1"),
+    ]
+    assert found["gere"]["AP"] == "0.600 ± 0.000" and found["mine"]["AP"] == "0.600"
+    legend = re.findall(r"</svg>(.*?)</li>", report.html)
+    assert legend[:4] == ["gere", "gere-fast", "mine", "sft"]
+
+
+def test_names_are_unlike(tmp_path):
+    """Of groups of one name by their folder, of runs of a group by their seed, and where that is the same by both."""
+    folders = [sequence(tmp_path / "a", seed=0)]
+    folders += [sequence(tmp_path / name, seed=1) for name in "bc"]
+    folders.append(sequence(tmp_path / "d", settings={"rows": 5}))
+    report = make_report(folders)
+    name, other = f"tm ({folders[0]})", f"tm ({folders[3]})"
+    assert list(rows_of(report.markdown))[-2:] == [name, other]
+    labels = re.findall(r"<caption>(.*?)</caption>", report.html)
+    assert labels == [f"{name}, seed 0", f"{name} ({folders[1]})", f"{name} ({folders[2]})", other]
+
+
+def test_the_page_begins_with_the_result(tmp_path):
+    last = {"gere": (0.7, 3.1), "plain": (0.5, 4.5)}
+    folders = [
+        sequence(
+            tmp_path / f"{name}-{seed}",
+            seed=seed,
+            name=name,
+            accuracy=[[0.9, 0.2], [score, score]],
+            general=[*GENERAL[:2], {"general/loss": loss + seed / 100}],
+        )
+        for name, (score, loss) in last.items()
+        for seed in (0, 1)
+    ]
+    text = make_report(folders).html
+    begin = html.unescape(re.sub(r"<[^>]*>", " ", text[text.index("<body>") : text.index("Task score against")]))
+    says = "The highest task score is that of gere, 0.700 ± 0.000. "
+    says += "The lowest general change is that of gere, +0.105 ± 0.064 nats a token."
+    assert " ".join(begin.split()).startswith(f"Training report {says} group task score (AP) general change seeds")
+    table = rows_of("".join(f"| {' | '.join(row)} |\n" for row in cells_of(text)[0]))
+    assert table["plain"] == {
+        "group": "plain",
+        "task score (AP)": "0.500 ± 0.000",
+        "general change": "+1.505 ± 0.064",
+        "seeds": "0, 1",
+    }
+    figures = {row[0]: row[1:] for row in cells_of(text)[1]}
+    assert figures["group"] == ["before training", "gere", "plain", ""]
+    assert figures["AP"] == ["0.100", "0.700 ± 0.000", "0.500 ± 0.000", MEANINGS["AP"]]
+    (one,) = re.findall(r'<p class="result">(.*?)</p>', make_report(folders[:1]).html)
+    assert one == "gere has a task score of 0.700 and a general change of +0.100 nats a token."
+    other = sequence(tmp_path / "other", name="other", accuracy=[[0.9, 0.2], [0.7, 0.7]])
+    assert "The highest task score is that of gere and other, 0.700." in make_report([folders[0], other]).html
+    elsewhere = sequence(tmp_path / "elsewhere", name="elsewhere", tasks=["x", "y"])
+    assert "gere has a task score of 0.700 and" in make_report([folders[0], elsewhere]).html, "not to be compared"
+    begun = make_report([sequence(tmp_path / "begun", rows=1)]).html
+    assert "There is no result yet" in begun
+
+
+def cells_of(text):
+    """Rows of the tables of a page."""
+    tables = re.findall(r'<table class="(?:few|many|cards)">.*?</table>', text, re.DOTALL)
+    return [
+        [
+            ["".join(cell.itertext()).replace("\u00a0", " ") for cell in row]
+            for row in ElementTree.fromstring(table).iter("tr")
+        ]
+        for table in tables
+    ]
+
+
+def test_model_settings_and_date_are_named(tmp_path):
+    both = {"model": "tiny", "training": {"max_steps": 3}, "lora": None, "seed": 0, "tasks": ["agnews", "yelp"]}
+    folders = [sequence(tmp_path / name, name=None, settings={**both, "trainer": name}) for name in ("gere", "plain")]
+    for day, folder in enumerate(folders):
+        os.utime(folder / "matrix.json", (86400 * day, 86400 * day))
+    text = make_report(folders).html
+    assert re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text)[:3] == [
+        ("all runs", "model tiny; training.max_steps 3"),
+        ("gere", "trainer gere"),
+        ("plain", "trainer plain"),
+    ]
+    assert "2 runs of 2 groups,\n1970-01-01 to 1970-01-02." in text
+    assert [row[2] for row in cells_of(text)[-1]] == ["date", "1970-01-01", "1970-01-02"]
+    plain = training(tmp_path / "run" / "checkpoint-20").parent
+    write_json(plain / "checkpoint-20" / "config.json", {"architectures": ["LlamaForCausalLM"]})
+    assert "<dd>model LlamaForCausalLM; max_steps 20</dd>" in make_report([plain]).html
+
+
+def test_old_and_new_names_of_a_key_are_one_curve(tmp_path):
+    """The new one counts, wherever it stands; the old one is drawn under the new name."""
+    old = {"general/loss": 3.5, "general/loss_change": 0.9, "gere/forgetting": 0.7}
+    new = {"general/change": 0.5, "general/change_interval": 0.125, "gere/replay_change": 0.2}
+    begin = {"step": 0, "general/loss": 3.0}
+    for name, logs, change, replayed in (
+        ("both", [{"step": 5, **new}, {"step": 5, **old}], 0.5, 0.2),
+        ("one", [{"step": 5, **old, **new}], 0.5, 0.2),
+        ("old", [{"step": 5, **old}], 0.9, 0.7),
+    ):
+        folder = training(tmp_path / name, steps=5, last=5, logs=[begin, *logs])
+        (run,) = read_runs([folder])
+        assert run.curves["general/change"] == {5: change} and run.curves["gere/replay_change"] == {5: replayed}
+        text = make_report([folder]).html
+        titles = [title.partition(" ")[0] for title in pictures(text)]
+        assert titles == ["general/loss", "general/change", "gere/replay_change"]
+        interval = " ± 0.125" if name != "old" else ""
+        assert rows_of(make_report([folder]).markdown)[name]["general change"] == f"+{change:.3f}{interval}"
+
+
+def test_the_loss_of_a_training_is_its_task_score(tmp_path):
+    logs = [{"step": 5, "eval_loss": 2.5}, {"step": 20, "eval_loss": 1.25}]
+    report = make_report([training(tmp_path / "run", logs=logs)])
+    assert "run has a loss on the task of 1.250." in report.html
+    assert rows_of(report.markdown)["run"]["eval loss"] == "1.250"
+
+
+def test_the_matrix_of_a_sequence_goes_before_the_logs(tmp_path):
+    """The trainer measures other texts than the sequence does."""
+    folder = sequence(tmp_path / "run")
+    logs = [
+        {"task": task, "step": step, "general/loss": 9.0, "general/change": 6.0} for task in (0, 1) for step in (5, 10)
+    ]
+    (folder / "logs.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
+    (run,) = read_runs([folder])
+    assert run.curves["general/loss"] == {0: 3.0, 10: 3.5, 20: 4.0} and run.general_now["change"] == 1.0
+
+
+def test_every_curve_is_explained(tmp_path):
+    keys = ["general/loss", "general/change", "general/sciq", *(key for key in CURVES if key.startswith("gere/"))]
+    text = make_report(
+        [training(tmp_path / "run", logs=[{"step": step, **dict.fromkeys(keys, 1.0)} for step in (0, 20)])]
+    ).html
+    sentences = re.findall(r"</svg></div>\s*<p class=\"note\">(.*?)</p>", text)
+    assert len(sentences) == len(pictures(text)) == len(keys) == len({*sentences}) and all(sentences)
+
+
+WIDTHS = (320, 390, 700, 1280)
+FRAME = '<iframe src="{page}" width="{width}" height="800"></iframe>'
+MEASURE = """<script>
+window.onload = () => {
+  document.title = [...document.querySelectorAll("iframe")].map(frame => {
+    const inside = frame.contentDocument, width = inside.documentElement.clientWidth
+    const over = [...inside.querySelectorAll("body *")].filter(part => part.getBoundingClientRect().right > width + 1)
+    const hidden = [...inside.querySelectorAll("td")].filter(cell => !cell.getClientRects().length)
+    return [width, inside.documentElement.scrollWidth, over.length, hidden.length].join(" ")
+  }).join(", ")
+}</script>"""
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+TASKS_15 = [f"a-task-of-a-long-name-{index}" for index in range(15)]
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """A page with tables that are wider than any telephone."""
+    row = [0.5] * 15
+    folders = [sequence(tmp_path / f"long-name-of-a-folder-{seed}", seed=seed, name=None) for seed in range(3)]
+    folders.append(
+        sequence(tmp_path / "fifteen", tasks=TASKS_15, rows=15, accuracy=[row] * 15, before=row, general=[])
+    )
+    file = tmp_path / "page.html"
+    file.write_text(make_report(folders).html, encoding="utf-8")
+    return file
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_no_sideways_scroll_on_a_telephone(wide, tmp_path):
+    """In a browser: no part is wider than the window, and every cell is there."""
+    frames = [FRAME.format(page=wide.as_uri(), width=width) for width in WIDTHS]
+    (tmp_path / "frames.html").write_text("".join(frames) + MEASURE)
+    words = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1400,900"]
+    words += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--allow-file-access-from-files",
+        "--virtual-time-budget=3000",
+    ]
+    words += ["--dump-dom", (tmp_path / "frames.html").as_uri()]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    found = re.search(r"<title>(.*?)</title>", done.stdout)[1]
+    assert found == ", ".join(f"{width} {width} 0 0" for width in WIDTHS)
+
+
+def test_tables_are_cards_where_they_are_narrow_and_the_page_prints_whole(wide):
+    """What a browser needs for it: see `test_no_sideways_scroll_on_a_telephone`."""
+    text = wide.read_text(encoding="utf-8")
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
+    tables = re.findall(r'<div class="fit(?: full)?"><table class="([a-z ]+)">(.*?)</table></div>', text, re.DOTALL)
+    assert len(tables) == text.count("<table") == 7
+    for kind, content in tables:
+        width = kind.rpartition(" ")[2]
+        cards = style[style.index(f".{width} tr{{display:grid") :]
+        assert f".{width} td::before{{content:attr(data-label)" in cards
+        assert content.count("<td data-label=") + content.count("<td colspan=") == content.count("<td")
+    assert ".fit{container-type:inline-size}" in style and "overflow-x" not in style and "nowrap" not in style
+    assert (
+        "@media print" in style and "break-inside:avoid" in style and "screen and (prefers-color-scheme:dark)" in style
+    )
+    assert "<details" not in text, "what is folded is not printed"
 
 
 def curve_of(tmp_path, values, key="gere/x"):
@@ -455,12 +667,26 @@ def test_dotted_lines_where_tasks_end(tmp_path):
     assert ends() == [], "the runs do not agree"
 
 
-def test_colours_start_again_with_dashes(tmp_path):
-    folders = [training(tmp_path / str(index)) for index in range(9)]
+def test_groups_are_told_apart_without_colour(tmp_path):
+    """By marker and dashes, in the pictures as in the legend."""
+    folders = [training(tmp_path / f"run{index:02}") for index in range(16)]
     text = make_report(folders).html
-    styles = drawn(pictures(text)["general/loss over optimizer steps"])["styles"]
-    assert ["dasharray" in style for style in styles] == [False] * 8 + [True]
-    assert "--c0" in styles[8] and re.search(r'<li class="c0 dashed"><i></i>8</li>', text)
+    curves = pictures(text)["general/loss over optimizer steps"]
+    paths = {path.get("id"): path.get("d") for path in curves.iter(f"{SVG}path")}
+    looks = []
+    for line in curves.find(f"{SVG}g/{SVG}g[2]"):
+        if line.get("id").partition("-")[2].startswith("line2d"):
+            marker = paths[next(line.iter(f"{SVG}use")).get(HREF)[1:]]
+            dashes = re.search(r"stroke-dasharray: ([^;]*)", line.find(f"{SVG}path").get("style"))
+            # In units of the line's width, as in the legend.
+            widths = [float(width) / 1.5 for width in dashes[1].split(",")] if dashes else []
+            looks.append((marker, tuple(round(width, 3) for width in widths)))
+    assert len(looks) == len(set(looks)) == 16
+    legend = re.findall(r'dasharray="(.*?)"/><path d="(.*?)"/></svg>(run\d\d)</li>', text)[:16]
+    assert len({one[:2] for one in legend}) == 16
+    for (dashes, outline, _), (_, widths) in zip(legend, looks, strict=True):
+        assert tuple(map(float, dashes.split())) == widths and outline
+    assert len({outline for _, outline, _ in legend}) == len({marker for marker, _ in looks})
 
 
 def test_the_trade_off_has_the_intervals_of_the_table(tmp_path):
@@ -503,7 +729,7 @@ def test_a_bar_that_is_too_long_is_cut_and_leaves_the_points_their_room(tmp_path
 def test_markdown_shows_cells_as_they_are(tmp_path):
     name = "a|b <b>\n`*\\[x]"
     table = make_report([sequence(tmp_path / "run", name=name)]).markdown
-    assert table.splitlines()[-1].startswith("| a\\|b &lt;b&gt; \\`\\*\\\\\\[x\\] | 0 | 0.600 |")
+    assert table.splitlines()[-1].startswith("| a\\|b &lt;b&gt; \\`\\*\\\\\\[x\\] | 0.600 |")
     assert table.splitlines()[1].startswith("| --- | --- |")
 
 
@@ -531,7 +757,7 @@ def test_command(tmp_path, capsys):
     words = ["report", str(folder), "--out", str(out), "--markdown", str(tmp_path / "table.md")]
     assert main(words) == 0 and out.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert "| half ? | 0 | 0.600 |" in table
+    assert "| half ? | 0.600 |" in table
     assert main(["report", str(folder), "--out", "page.txt"]) == 1
     assert main(["report", str(folder), "--out", str(out), "--markdown", "README"]) == 1
     assert main(["report", str(tmp_path), "--out", str(out)]) == 1
@@ -561,7 +787,7 @@ def test_command_imports_nothing_heavy(tmp_path):
         "sys.stderr.write(' '.join(early | heavy) + 'changed' * (matplotlib.rcParams != before))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stderr == "" and done.stdout.startswith("| name | seeds | AP |")
+    assert done.stderr == "" and done.stdout.startswith("| group | AP | general change |")
 
 
 def test_document_names_every_figure():

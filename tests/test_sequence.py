@@ -557,14 +557,61 @@ def _fail(folder: str) -> None:
     raise RuntimeError("disk")
 
 
-def test_command(settings, tmp_path, capsys):
-    given = settings(mode="multitask", rows=8, dev_rows=2)
-    assert (
-        main(["sequence", "--config", str(config_file(given, tmp_path / "out")), "--set", "training.max_steps=1"]) == 0
+def test_command(settings, tmp_path, capsys, folder):
+    """Prints accuracy and general change after each task, and that it resumes."""
+    given = settings(rows=8, dev_rows=2, general=f"{folder}/general.jsonl", general_rows=4)
+    words = ["sequence", "--config", str(config_file(given, tmp_path / "out")), "--set", "training.max_steps=1"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "resumes" not in out and "one: trains 8 rows from the start" in out
+    matrix = read_matrix(tmp_path / "out")
+    assert isinstance(matrix, Matrix)
+    losses = [entry["general/loss"] for entry in matrix.general]
+    head, *rows = [line.split() for line in out.splitlines()[-5:-1]]
+    assert head == ["after", "one", "two", "general", "change"]
+    accuracies = [matrix.before, *matrix.accuracy]
+    for name, row, accuracy, loss in zip(("before", "one", "two"), rows, accuracies, losses, strict=True):
+        assert row == [name, *(f"{share:.4f}" for share in accuracy), f"{loss - losses[0]:+.4f}"]
+    assert losses[0] != losses[2]
+    (tmp_path / "out" / "matrix.json").write_text(
+        json.dumps(
+            {
+                **json.loads((tmp_path / "out" / "matrix.json").read_text()),
+                "accuracy": matrix.accuracy[:1],
+                "invalid": matrix.invalid[:1],
+                "general": matrix.general[:2],
+            }
+        )
     )
-    assert "all tasks" in capsys.readouterr().out
-    assert isinstance(read_matrix(tmp_path / "out"), Matrix)
+    assert main(words) == 0
+    again = capsys.readouterr().out
+    assert f"{tmp_path / 'out'} resumes: 1 of 2 trainings are done\n" in again
+    assert again.splitlines()[-5:] == out.splitlines()[-5:]
     assert main(["sequence", "--config", str(tmp_path / "nothing.yaml")]) == 1
     script = "import sys; from gere.cli.main import make_parser; make_parser(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_command_without_general_texts(settings, tmp_path, capsys):
+    given = settings(mode="multitask", rows=8, dev_rows=2, before=False)
+    words = ["sequence", "--config", str(config_file(given, tmp_path / "out")), "--set", "training.max_steps=1"]
+    assert main(words) == 0
+    before, after = [line.split() for line in capsys.readouterr().out.splitlines()[-3:-1]]
+    assert before == ["before", "-", "-", "-"] and after[:2] == ["all", "tasks"] and after[-1] == "-"
+
+
+def test_seeds_of_the_command_are_one_group_of_the_report(settings, tmp_path, capsys):
+    """As `--set seed=1 --set out=...` makes them, with their mean."""
+    file = tmp_path / "seq.yaml"
+    file.write_text(yaml.safe_dump(vars(settings(rows=8, dev_rows=2, mode="multitask"))))
+    outs = [tmp_path / f"run-{seed}" for seed in (1, 2)]
+    for seed, out in enumerate(outs, 1):
+        more = ["--set", "training.max_steps=1", "--set", f"seed={seed}", "--set", f"out={out}"]
+        assert main(["sequence", "--config", str(file), *more]) == 0
+    capsys.readouterr()
+    assert main(["report", *map(str, outs), "--out", str(tmp_path / "page.html")]) == 0
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    (row,) = [dict(zip(table[0], line, strict=True)) for line in table if line[0] == "run"]
+    scores = [sum(read_matrix(out).accuracy[0]) / 2 for out in outs]
+    assert row["seeds"] == "1, 2" and row["AP"].startswith(f"{sum(scores) / 2:.3f} ± ")

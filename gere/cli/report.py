@@ -23,9 +23,8 @@ def add_report(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    require(options.out.suffix == ".html", "--out", "a file name that ends in .html", str(options.out))
-    if options.markdown is not None:
-        require(options.markdown.suffix == ".md", "--markdown", "a file name that ends in .md", str(options.markdown))
+    for name, path, end in (("--out", options.out, ".html"), ("--markdown", options.markdown, ".md")):
+        require(path is None or path.suffix == end, name, f"a file name that ends in {end}", str(path))
     # Takes its time to import, so after the checks.
     from gere.report import make_report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,28 @@ def _run(options: argparse.Namespace) -> int:
     from gere.continual import read_sequence, run
 
     settings = read_sequence(options.config, options.set)
-    matrix = run(settings)
-    names = matrix.tasks
-    if settings.mode == "multitask":
-        names = ["all tasks"]
-    rows: list[tuple[str, list[Any]]] = [*zip(names, matrix.accuracy, strict=True)]
-    if None not in matrix.before:
-        rows.insert(0, ("before", matrix.before))
-    width = max(map(len, ["all tasks", *matrix.tasks]))
-    lines = [f"{'after':<{width}}  " + "  ".join(f"{name:>8}" for name in matrix.tasks)]
-    for name, accuracies in rows:
-        lines.append(f"{name:<{width}}  " + "  ".join(f"{value:>8.4f}" for value in accuracies))
+    # A library prints nothing; its command shows where the sequence is, and where it resumes.
+    logger, handler = logging.getLogger("gere.continual"), logging.StreamHandler(sys.stdout)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        matrix = run(settings)
+    finally:
+        logger.removeHandler(handler)
+    names = ["before", *(matrix.tasks if settings.mode == "sequence" else ["all tasks"])]
+    accuracies: list[Any] = [matrix.before, *matrix.accuracy]
+    rows = [["after", *matrix.tasks, "general change"]]
+    start = matrix.general[0].get("general/loss")
+    for name, row, now in zip(names, accuracies, matrix.general, strict=True):
+        shares = ["-" if share is None else f"{share:.4f}" for share in row]
+        change = "-"
+        if "general/loss" in now and start is not None:
+            change = f"{now['general/loss'] - start:+.4f}"
+        rows.append([name, *shares, change])
+    width = max(len(row[0]) for row in rows)
+    lines = []
+    for name, *cells in rows:
+        aligned = [cell.rjust(max(len(head), 8)) for head, cell in zip(rows[0][1:], cells, strict=True)]
+        lines.append("  ".join([name.ljust(width), *aligned]))
     sys.stdout.write("\n".join([*lines, f"Written: {Path(settings.out) / 'matrix.json'}"]) + "\n")
     return 0

@@ -10,9 +10,11 @@ import torch
 from transformers import StoppingCriteria
 
 from gere.evaluation.choices import Row, log_likelihoods
+from gere.evaluation.general import row_values
 from gere.model.batching import batches_by_length
 from gere.model.forward import evaluating
 from gere.model.generate import generate
+from gere.ranks import ALONE
 
 
 class Scores(NamedTuple):
@@ -135,15 +137,9 @@ def likeliest_answers(
         Index of the chosen option of each prompt, the first of equal ones.
     """
     rows = [Row([*prompt, *option], len(prompt)) for prompt in prompts for option in options]
-    values = [0.0] * len(rows)
-    with evaluating(model):
-        for batch in batches_by_length([row.ids for row in rows], batch_tokens):
-            sums = log_likelihoods(model, [rows[place] for place in batch])
-            for place, value in zip(batch, sums, strict=True):
-                # The mean: a sum would favour the shorter label.
-                values[place] = value / (len(rows[place].ids) - rows[place].start)
-    chosen = []
-    for start in range(0, len(rows), len(options)):
-        scores = values[start : start + len(options)]
-        chosen.append(scores.index(max(scores)))
-    return chosen
+    batches = list(batches_by_length([row.ids for row in rows], batch_tokens))
+    sums = row_values(log_likelihoods, model, rows, batches, ALONE)
+    # The mean: a sum would favour the shorter label.
+    means = [value / (len(row.ids) - row.start) for row, value in zip(rows, sums, strict=True)]
+    size = len(options)
+    return [max(range(size), key=means[start : start + size].__getitem__) for start in range(0, len(means), size)]

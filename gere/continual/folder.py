@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gere._files import canonical_json, make_folder, write_atomic
+from gere._files import canonical_json, flat, make_folder, write_atomic
 from gere.continual.answers import Scores
 from gere.errors import ConfigError
 
@@ -103,7 +103,7 @@ class RunFolder:
             write_atomic(file, canonical_json(now))
             return
         try:
-            before, after = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(now)
+            before, after = flat(json.loads(file.read_text(encoding="utf-8"))), flat(now)
         except (ValueError, AttributeError) as error:
             raise _unlike(file, "a JSON object", f"{type(error).__name__}: {error}") from error
         old, new = [], []
@@ -169,17 +169,6 @@ def _has_steps_left(checkpoint: Path) -> bool:
         return state["global_step"] < state["max_steps"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Name the values of nested sections with dots, such as `settings.seed`."""
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _unlike(file: Path, expected: str, found: str) -> ConfigError:

@@ -6,8 +6,7 @@ import dataclasses
 import gc
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,11 @@ from gere.continual.trainers import (
 )
 from gere.errors import ConfigError
 from gere.evaluation.callback import GeneralAbilityCallback
-from gere.evaluation.general import general_loss
 from gere.replay.texts import read_file
 
 Measure = Callable[[Any, Any], dict[str, float]]
 MULTITASK = "multitask"
-logger = logging.getLogger("gere")
+logger = logging.getLogger("gere.continual")
 
 
 def run(
@@ -65,13 +63,6 @@ def run(
         settings = settings_of(settings, "settings")
     out = Path(settings.out)
     make_folder(out)
-    with _alone(out):
-        return _Sequence(settings, make_trainer or factory_of(settings), measure).run()
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder."""
     try:
         # The system releases this lock when its process is killed. A file that merely exists would stay.
         lock = FileLock(out / ".lock").acquire(timeout=0)
@@ -84,7 +75,7 @@ def _alone(out: Path) -> Iterator[None]:
             fix="Wait for it, or set out to another folder.",
         ) from error
     with lock:
-        yield
+        return _Sequence(settings, make_trainer or factory_of(settings), measure).run()
 
 
 class _Sequence:
@@ -93,13 +84,12 @@ class _Sequence:
     def __init__(self, settings: SequenceSettings, make_trainer: TrainerFactory, measure: Measure | None) -> None:
         self._settings = settings
         self._make_trainer = make_trainer
-        self._measures = [found for found in (_ability(settings), measure) if found is not None]
+        self._measures = [*_measures(settings), *filter(None, [measure])]
         self._tasks = read_tasks(settings)
         self._tokenizer = load_tokenizer(settings.model)
         names = [task.name for task in self._tasks]
         self._rounds = [MULTITASK] if settings.mode == MULTITASK else names
         self._folder = RunFolder(Path(settings.out), self._rounds)
-        self._texts = _general_texts(settings)
         self._matrix = read_matrix(self._folder.path) or Matrix(names)
 
     def run(self) -> Matrix:
@@ -110,9 +100,11 @@ class _Sequence:
         longest = max(self._most_new(task) for task in self._tasks)
         require(self._settings.max_length > longest, "max_length", f"more than {longest}", self._settings.max_length)
         self._folder.begin(self._content())
-        if not self._matrix.general:
+        done, path = len(self._matrix.accuracy), self._folder.path
+        if self._matrix.general:
+            logger.info("%s resumes: %d of %d trainings are done", path, done, len(self._rounds))
+        else:
             self._evaluate(None)
-        done = len(self._matrix.accuracy)
         # A kill may have come after the matrix was written and before the folder was cleaned up.
         for index in range(done):
             self._folder.clean_up(index)
@@ -128,12 +120,12 @@ class _Sequence:
     def _content(self) -> dict[str, Any]:
         """Collect what tells this sequence from others."""
         settings = dataclasses.asdict(self._settings)
-        # Another path may lead to the same folder.
+        # Another path may lead to the same folder. The folder makes no name either, since the report takes runs of
+        # another name for runs of another group.
         del settings["out"]
-        name = settings.pop("name") or self._folder.path.resolve().name
         files = [path for task in self._tasks for path in task.files]
         return {
-            "name": name,
+            "name": settings.pop("name"),
             "seed": settings["seed"],
             "tasks": [task.name for task in self._tasks],
             "files": {path.name: file_sha256(path) for path in files},
@@ -152,7 +144,7 @@ class _Sequence:
         extra = factory_settings(settings, self._folder.path)
         trainer = self._make_trainer(model, self._tokenizer, rows, args, **extra)
         checkpoint = self._folder.checkpoint(index)
-        logger.info("%s: %d rows, from %s", self._rounds[index], len(rows), checkpoint or "the start")
+        logger.info("%s: trains %d rows from %s", self._rounds[index], len(rows), checkpoint or "the start")
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         trainer.save_state()
         self._folder.keep(index, trainer.save_model)
@@ -170,7 +162,9 @@ class _Sequence:
         scores = []
         if index is not None or self._settings.before:
             scores = [self._score(model, task) for task in self._tasks]
-        general = self._general(model)
+        general: dict[str, float] = {}
+        for measure in self._measures:
+            general |= measure(model, self._tokenizer)
         if index is None:
             self._matrix.begin(scores, general)
         else:
@@ -195,30 +189,18 @@ class _Sequence:
         """Count the tokens of the longest label, and the one that ends it."""
         return max(len(answer_ids(self._tokenizer, label)) for label in task.labels) + 1
 
-    def _general(self, model: Any) -> dict[str, float]:
-        found: dict[str, float] = {}
-        if self._texts:
-            most = self._settings.max_length
-            found["general/loss"] = general_loss(model, self._tokenizer, self._texts, max_length=most)
-        for measure in self._measures:
-            found |= measure(model, self._tokenizer)
-        return found
 
-
-def _ability(settings: SequenceSettings) -> Measure | None:
-    """Make the measure that the section `ability` asks for."""
-    if not settings.ability:
-        return None
-    known = [name for name in inspect.signature(GeneralAbilityCallback).parameters if name != "texts"]
-    for name in settings.ability:
-        require_name(name, known, "ability")
-    return GeneralAbilityCallback(**settings.ability).measure
-
-
-def _general_texts(settings: SequenceSettings) -> list[str]:
-    """Read the held-out general texts, by the rules of replay files."""
-    if settings.general is None:
-        return []
-    texts = read_file(Path(settings.general), "text")[: settings.general_rows]
-    require(None not in texts, "general", f"a text in each record of {settings.general}", None)
-    return [str(text) for text in texts]
+def _measures(settings: SequenceSettings) -> list[Measure]:
+    """Make the measures that `general` and the section `ability` ask for."""
+    found: list[Measure] = []
+    if settings.general is not None:
+        # By the rules of replay files.
+        texts = read_file(Path(settings.general), "text")[: settings.general_rows]
+        require(None not in texts, "general", f"a text in each record of {settings.general}", None)
+        found.append(GeneralAbilityCallback(texts, max_length=settings.max_length).measure)
+    if settings.ability:
+        known = [name for name in inspect.signature(GeneralAbilityCallback).parameters if name != "texts"]
+        for name in settings.ability:
+            require_name(name, known, "ability")
+        found.append(GeneralAbilityCallback(**settings.ability).measure)
+    return found

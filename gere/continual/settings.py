@@ -21,14 +21,12 @@ class SequenceSettings:
 
     Args:
         model: Folder or hub name of the base model.
-        tasks: Names of files in `task_dir`, paths of `NAME.train.jsonl` with `NAME.dev.jsonl` beside it, or mappings
-            of `train`, `dev` and optionally `name` and `labels`.
+        tasks: Names in `task_dir`, paths of `NAME.train.jsonl`, or mappings of `train`, `dev`, `name` and `labels`.
         out: Run folder.
         task_dir: Folder of the tasks that `tasks` names.
-        name: Name of the run, by default that of the folder.
+        name: Name of the run for the report, which otherwise groups runs by their settings.
         mode: One task after the other (`"sequence"`), or all at once (`"multitask"`), an upper bound.
-        trainer: `"plain"`, `"gere"`, or `"module:function"`, which is called as
-            `function(model, tokenizer, train_rows, args, **settings)` and gives a `Trainer`.
+        trainer: `"plain"`, `"gere"`, or a `TrainerFactory` as `"module:function"`.
         seed: Seed of the choice of rows, of LoRA and of the training.
         rows: Training rows of each task, drawn by the seed; `None` for all.
         dev_rows: Rows that a task is evaluated on; `None` for all.
@@ -44,8 +42,7 @@ class SequenceSettings:
         lora: Arguments of PEFT's `LoraConfig`; `None` for full training.
         general: File of held-out general texts. Their loss is measured before training and after each task.
         general_rows: Texts of that file; `None` for all.
-        ability: Arguments of `GeneralAbilityCallback` except its texts: multiple-choice tasks, measured as `general`
-            is.
+        ability: Arguments of `GeneralAbilityCallback` except its texts: multiple-choice tasks.
 
     Raises:
         ConfigError: If a value cannot be used.

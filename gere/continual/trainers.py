@@ -17,6 +17,7 @@ from gere.continual.settings import SequenceSettings, require_name
 from gere.errors import ConfigError, TokenizerError, UnsupportedSettingError
 from gere.trainer import GeReTrainer
 
+# Called as `factory(model, tokenizer, train_rows, args, **settings)`.
 TrainerFactory = Callable[..., Trainer]
 # Two checkpoints: the last one may be cut by a kill, or be that of the last step, which cannot be resumed.
 DEFAULTS: Mapping[str, Any] = {

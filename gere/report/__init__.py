@@ -36,8 +36,8 @@ def make_report(folders: Sequence[Path]) -> Report:
         RunFolderError: If a folder is no run, or a file of it is damaged.
         MissingPackageError: If a run has something to draw and matplotlib is not installed.
     """
-    runs = read_runs(folders)
-    return Report(_writable(page(runs)), _writable(_markdown(table(group(runs)))))
+    groups = group(read_runs(folders))
+    return Report(_writable(page(groups)), _writable(_markdown(table(groups))))
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -10,23 +10,42 @@ import importlib
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from gere.errors import MissingPackageError
-from gere.metrics import Interval, interval
-from gere.report.figures import LOSS, Group, ability, figures, untouched
-from gere.report.runs import GENERAL, Run
+from gere.metrics import interval
+from gere.report.figures import Group, figures, untouched
+from gere.report.runs import GENERAL, INTERVAL
 
 Place = tuple[float, float]
-Measure = Callable[[Mapping[str, float]], float]
 
 # Larger values overflow where an axis adds its margins.
 LARGEST = 1e300
 MOST_POINTS, MARKED = 400, 25
 LOGARITHMIC_FROM = 1e3
-UNITS = {"general/loss": "nats a token", "gere/task_loss": "nats a token", "gere/ce": "nats a token"}
+NATS = "nats a token"
+# What a curve shows, and its unit.
+CURVES = {
+    "general/loss": ("Loss on held-out general texts. Lower is better.", NATS),
+    "general/change": ("Held-out loss minus that of the base model. Above 0, general ability was lost.", NATS),
+    "gere/task_loss": ("Loss of the task rows, as the plain trainer would log it.", NATS),
+    "gere/ce": ("Cross-entropy of the replayed texts.", NATS),
+    "gere/replay_change": (
+        "Cross-entropy of the replayed texts minus that of the base model. They are trained on, so it looks too good.",
+        NATS,
+    ),
+    "gere/tm": ("Mean distance of the states of replayed texts from their region in the base model. 0 is inside.", ""),
+    "gere/kl": ("Mean divergence of the predictions on replayed texts from those of the base model.", NATS),
+    "gere/l1": ("Mean absolute distance of the states of replayed texts from those of the base model.", ""),
+    "gere/l2": ("Mean squared distance of the states of replayed texts from those of the base model.", ""),
+    "gere/violations": ("Share of the state elements of replayed texts outside their region.", ""),
+    "gere/weight": ("Mean weight of the distance in the loss, over the rows that have a distance.", ""),
+    "gere/capped": ("Share of the rows with a distance whose weight is at its cap. Near 1, the model drifts far.", ""),
+    "gere/unrelated": ("Mean distance to unrelated text, by which the weight is calibrated.", ""),
+}
+GENERAL_SET = ("Accuracy on this general task, or a measure of your own.", "")
 # Each of these stands for a variable of style.css, which has the colours of light and of dark mode.
 COLOURS = tuple(f"#00000{index}" for index in range(1, 9))
 FAINT, RULE, BACK = "#000011", "#000012", "#000013"
@@ -38,45 +57,72 @@ SETTINGS = {
     **{"axes.axisbelow": True, "axes.grid": True, "axes.grid.axis": "y", "grid.color": RULE},
     **{"font.sans-serif": ["DejaVu Sans"], "font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "gere"},
 }
-SIZE = (6.1, 3.9)  # inches, of 72 units of the SVG each
+# A group has a colour, and for eyes and printers without colour a marker and dashes, in units of the line's width. The
+# outline of each marker is for the legend of the page.
+MARKERS = {
+    "o": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z",
+    "s": "M-3.5-3.5h7v7h-7Z",
+    "^": "M0-5L4.5 3.5h-9Z",
+    "D": "M0-5L5 0L0 5L-5 0Z",
+}
+DASHES = ((), (5, 2), (1.2, 1.5), (7, 2, 1.2, 2))
+SIZE = (5.6, 3.7)  # inches, of 72 units of the SVG each
+
+
+class Style(NamedTuple):
+    """How a group is drawn, apart from the first 16 others even without colour."""
+
+    colour: int
+    marker: str
+    dashes: tuple[float, ...]
 
 
 class Picture(NamedTuple):
-    """A picture, empty if there is nothing to draw, under a title that no other picture has, above a note.
+    """A picture, empty if there is nothing to draw, under a title that no other picture has, above its notes.
 
     No text of a run is in the SVG: the page takes it unescaped.
     """
 
     title: str
     svg: str
-    note: str = ""
+    notes: Sequence[str] = ()
 
 
-def curves(prefix: str, runs: Sequence[Run], labels: Sequence[str], colours: Mapping[str, int]) -> list[Picture]:
-    """Draw the curves of all runs for each key of the logs with this prefix, the general loss first."""
-    keys = {key for run in runs for key in run.curves if key.startswith(prefix)}
-    ordered = sorted(keys, key=lambda key: (key != GENERAL + LOSS, key))
-    return [_curve(key, runs, labels, colours) for key in ordered]
+def style_of(number: int) -> Style:
+    """Choose the style of a group."""
+    markers = list(MARKERS)
+    turn = number // len(markers)
+    return Style(number % len(COLOURS), markers[number % len(markers)], DASHES[(number + turn) % len(DASHES)])
 
 
-def _curve(key: str, runs: Sequence[Run], labels: Sequence[str], colours: Mapping[str, int]) -> Picture:
-    lines, left = [], []
-    for run, label in zip(runs, labels, strict=True):
-        found = sorted(run.curves.get(key, {}).items())
-        points = [(x, y) for x, y in found if abs(y) < LARGEST]
-        if points:
-            lines.append((colours[run.name], _thinned(points)))
-        if len(points) < len(found):
-            left.append(f"{label} ({len(found) - len(points)})")
-    title, svg, note = f"{key} over optimizer steps", "", ""
+def curves(prefix: str, groups: Sequence[Group]) -> list[Picture]:
+    """Draw the curves of all runs for each key of the logs with this prefix, the known ones first."""
+    keys = {key for held in groups for run in held.runs for key in run.curves if key.startswith(prefix)}
+    known = [key for key in CURVES if key in keys]
+    ordered = known + sorted(keys - {*known, GENERAL + INTERVAL})
+    return [_curve(key, groups) for key in ordered]
+
+
+def _curve(key: str, groups: Sequence[Group]) -> Picture:
+    lines, left, ends = [], [], set()
+    for number, held in enumerate(groups):
+        for run in held.runs:
+            ends.add(tuple(run.ends))
+            found = sorted(run.curves.get(key, {}).items())
+            points = [(x, y) for x, y in found if abs(y) < LARGEST]
+            if points:
+                lines.append((style_of(number), _thinned(points)))
+            if len(points) < len(found):
+                left.append(f"{run.label} ({len(found) - len(points)})")
+    meaning, unit = CURVES.get(key, GENERAL_SET if key.startswith(GENERAL) else ("", ""))
+    title, svg, notes = f"{key} over optimizer steps", "", [meaning]
     if lines:
         # Dotted lines where tasks end say nothing if the runs differ in that.
-        ends = {tuple(run.ends) for run in runs}
         marks = ends.pop() if len(ends) == 1 else ()
-        svg = _svg(title, partial(_draw_lines, lines=lines, marks=marks, unit=UNITS.get(key, "")))
+        svg = _svg(title, partial(_draw_lines, lines=lines, marks=marks, unit=unit))
     if left:
-        note = f"Values that are not finite are left out: {', '.join(left)}."
-    return Picture(title, svg, note)
+        notes.append(f"Values that are not finite are left out: {', '.join(left)}.")
+    return Picture(title, svg, notes)
 
 
 def _thinned(points: Sequence[Place]) -> list[Place]:
@@ -89,17 +135,22 @@ def _thinned(points: Sequence[Place]) -> list[Place]:
     return thinned
 
 
-def _draw_lines(axes: Any, lines: Sequence[tuple[int, Sequence[Place]]], marks: Sequence[float], unit: str) -> None:
+def _draw_lines(axes: Any, lines: Sequence[tuple[Style, Sequence[Place]]], marks: Sequence[float], unit: str) -> None:
     heights = [y for _, points in lines for _, y in points]
     if min(heights) > 0 and max(heights) / min(heights) > LOGARITHMIC_FROM:
         axes.set_yscale("log")
         axes.minorticks_off()
-    for number, points in lines:
-        # Past the last colour, colours start again with dashes, as in the legend of the page.
-        dashes = "--" if number // len(COLOURS) % 2 else "-"
-        marker = "o" if len(points) <= MARKED else ""
-        colour = COLOURS[number % len(COLOURS)]
-        axes.plot(*zip(*points, strict=True), color=colour, linestyle=dashes, marker=marker, markersize=4)
+    for style, points in lines:
+        # Of a long curve only a few points are marked, so that its dashes stay visible.
+        every = max(1, len(points) // MARKED * 3)
+        axes.plot(
+            *zip(*points, strict=True),
+            color=COLOURS[style.colour],
+            linestyle=(0, style.dashes or None),
+            marker=style.marker,
+            markersize=4.5,
+            markevery=every,
+        )
     low, high = axes.get_xlim()
     for mark in marks:
         if low < mark < high:
@@ -109,68 +160,45 @@ def _draw_lines(axes: Any, lines: Sequence[tuple[int, Sequence[Place]]], marks: 
     axes.set(xlabel="optimizer steps", ylabel=unit)
 
 
-def trade_offs(groups: Sequence[Group], colours: Mapping[str, int]) -> Iterator[Picture]:
+def trade_offs(groups: Sequence[Group]) -> Iterator[Picture]:
     """Draw AP over general accuracy and over general loss, as far as runs at their end have them."""
-    for about, x_name, measure in (
-        ("general accuracy", "general accuracy (right is better)", ability),
-        ("general loss", "general loss, nats a token (left is better)", _loss),
+    for about, x_name in (
+        ("general accuracy", "general accuracy (right is better)"),
+        ("general loss", "general loss, nats a token (left is better)"),
     ):
-        found = {}
-        for held in groups:
-            before, after = _places(held, measure)
-            if after:
-                found[colours[held.name]] = (before, after)
+        found = []
+        for number, held in enumerate(groups):
+            after = [(row[about], row["AP"]) for row in map(figures, held.done)]
+            before = dict.fromkeys((row[about], row["AP"]) for row in map(untouched, held.done))
+            # A mean over some of the seeds would stand beside means over all of them.
+            if after and all(map(_drawable, after)):
+                found.append((style_of(number), list(filter(_drawable, before)), after))
         if found:
             title = f"AP over {about}"
             yield Picture(title, _svg(title, partial(_draw_trade_off, found=found, x_name=x_name)))
-
-
-def _loss(values: Mapping[str, float]) -> float:
-    return values.get(LOSS, math.nan)
-
-
-def _places(held: Group, measure: Measure) -> tuple[list[Place], list[Place]]:
-    """Place the models of a name before training, each once, and after it; the latter only if all runs have values."""
-    after = [(measure(run.general_now), figures(run)["AP"]) for run in held.runs]
-    before = dict.fromkeys((measure(run.general_before), untouched(run)["AP"]) for run in held.runs)
-    if not all(map(_drawable, after)):
-        after = []
-    return list(filter(_drawable, before)), after
 
 
 def _drawable(place: Place) -> bool:
     return all(abs(value) < LARGEST for value in place)
 
 
-def _draw_trade_off(axes: Any, found: Mapping[int, tuple[list[Place], list[Place]]], x_name: str) -> None:
-    means = [[interval(values) for values in zip(*after, strict=True)] for _, after in found.values()]
-    for (number, (before, after)), (x, y) in zip(found.items(), means, strict=True):
-        colour = COLOURS[number % len(COLOURS)]
-        for at in before:
-            axes.plot(*at, "o", color=colour, markerfacecolor="none", markeredgewidth=1.5)
+def _draw_trade_off(axes: Any, found: Sequence[tuple[Style, list[Place], list[Place]]], x_name: str) -> None:
+    for style, before, after in found:
+        look = {"color": COLOURS[style.colour], "marker": style.marker, "linestyle": "none"}
+        for place in before:
+            axes.plot(*place, **look, markerfacecolor="none", markeredgewidth=1.5)
+        axes.plot(*zip(*after, strict=True), **look, alpha=0.5)
+    # The axes fit the points. A bar that is much longer is cut at the edge of the plot.
+    axes.margins(0.2)
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    for style, _, after in found:
+        x, y = map(interval, zip(*after, strict=True))
+        colour = COLOURS[style.colour]
         # A single run is its own mean, without an interval. Bars lie below all points, means above them.
         if len(after) > 1:
-            for at in after:
-                axes.plot(*at, "o", color=colour, alpha=0.5)
             axes.errorbar(x.mean, y.mean, y.half, x.half, fmt="none", color=colour, capsize=4, zorder=1.9)
-        axes.plot(x.mean, y.mean, "o", color=colour, markeredgecolor=BACK, markersize=11, zorder=3)
-    every = [place for before, after in found.values() for place in (*before, *after)]
-    axes.set_xlim(*_limits([across for across, _ in every], [x for x, _ in means]))
-    axes.set_ylim(*_limits([up for _, up in every], [y for _, y in means]))
+        axes.plot(x.mean, y.mean, style.marker, color=colour, markeredgecolor=BACK, markersize=11, zorder=3)
     axes.set(xlabel=x_name, ylabel="AP (up is better)")
-
-
-def _limits(values: Sequence[float], means: Sequence[Interval]) -> Place:
-    """Compute both ends of an axis; a bar that would leave the points less than a third of it is cut at its edge."""
-    low, high = min(values), max(values)
-    room = high - low or math.inf  # points in one place take any bar
-    first, last = low, high
-    for mean in means:
-        if math.isfinite(mean.half):
-            first = min(first, max(mean.mean - mean.half, low - room))
-            last = max(last, min(mean.mean + mean.half, high + room))
-    margin = 0.05 * (last - first) or 0.1 * abs(last) or 1.0
-    return first - margin, last + margin
 
 
 def _svg(title: str, draw: Callable[[Any], None]) -> str:

@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gere._files import flat
 from gere.errors import ConfigError, RunFolderError
-from gere.report.runs import Curves, Run, add_log, general_of, number
+from gere.report.runs import CHANGE, GENERAL, LOSS, Curves, Run, curves_of, general_at, number
 
 FORMAT = 1
 ABOUT, MATRIX, LOGS, STATE = "sequence.json", "matrix.json", "logs.jsonl", "trainer_state.json"
+# The folder of a training says its seed, as in `out-seed-1`; its state does not.
+SEED_OF_FOLDER = re.compile(r"[-_. ]*seed[-_. ]*(\d+)$")
+# Settings that seeds of one thing may differ in. The names and hashes of the tasks stand beside the settings.
+OF_A_SEED = re.compile(r"(.*\.)?(seed|data_seed|logging_dir|run_name|gere_hidden_state_saving_dir)|tasks|task_dir")
+ABOUT_TRAINING = ("max_steps", "num_train_epochs", "train_batch_size")
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -29,7 +37,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         raise ConfigError(
             "A run is named twice.",
             where="RUN",
-            expected="each folder once: an interval takes the runs of a name for independent",
+            expected="each folder once: an interval takes the runs of a group for independent",
             found=", ".join(twice),
             fix="Name it once.",
         )
@@ -42,14 +50,17 @@ def _read(folder: Path) -> Run:
     state = _find_state(folder)
     if state is not None:
         return _read_training(folder, state)
-    found = "a folder without them" if folder.is_dir() else "no folder"
     raise RunFolderError(
         "The folder holds no run.",
         where=folder,
         expected=f"{ABOUT} of gere sequence, or {STATE} of a Trainer, there or in a checkpoint-N",
-        found=found,
+        found="a folder without them" if folder.is_dir() else "no folder",
         fix="Name the output folder of a run. A Trainer writes its state with a checkpoint and by save_state().",
     )
+
+
+def _date(path: Path) -> str:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat()
 
 
 # The folder of a sequence of tasks
@@ -57,92 +68,84 @@ def _read(folder: Path) -> Run:
 
 def _read_sequence(folder: Path) -> Run:
     """Read a sequence; what it has not come to yet is left empty."""
-    about, path = _read_about(folder / ABOUT), folder / MATRIX
-    matrix = _read_matrix(path, about["tasks"])
-    most = 1 if about["joint"] else len(about["tasks"])
-    scores, invalid = _rows(matrix, "accuracy", path, most), _rows(matrix, "invalid", path, most)
-    done = len(scores)
-    _require(len(invalid) == done, f"{path}, invalid", f"{done} rows, as in accuracy", len(invalid))
+    about, path = _read_about(folder), folder / MATRIX
+    size = len(about["tasks"])
+    most = 1 if about["joint"] else size
+    matrix: dict[str, Any] = {"accuracy": [], "invalid": []}
+    if path.is_file():
+        matrix = _read_format(path)
+        # A matrix of other tasks would be drawn under the names of these.
+        same = matrix.get("tasks") == list(about["tasks"])
+        _require(same, f"{path}, tasks", f"those of {ABOUT}: {list(about['tasks'])}", matrix.get("tasks"))
+        about["date"] = _date(path)
+    for name, key, before in (("scores", "accuracy", "before"), ("invalid", "invalid", "before_invalid")):
+        row = matrix.get(before)
+        first = _shares([[None] * size if row is None else row], size, 1, f"{path}, {before}")
+        about[name] = np.vstack([first, _shares(matrix.get(key), size, most, f"{path}, {key}")])
+    done, answers = len(about["scores"]) - 1, len(about["invalid"]) - 1
+    _require(answers == done, f"{path}, invalid", f"{done} rows, as in accuracy", answers)
     general = matrix.get("general") or []
     sound = isinstance(general, list) and all(isinstance(entry, dict | None) for entry in general)
     _require(sound and len(general) <= done + 1, f"{path}, general", f"at most {done + 1} objects", general)
-    general += [None] * (done + 1 - len(general))
+    # By the number of trained tasks, since without logs nobody knows the steps.
+    measured = curves_of([(float(trained), entry or {}) for trained, entry in enumerate(general)])
+    losses = measured.get(GENERAL + LOSS, {})
+    if 0 in losses:
+        measured[GENERAL + CHANGE] = {trained: loss - losses[0] for trained, loss in losses.items()}
     curves, ends = _read_logs(folder / LOGS, done)
-    # The matrix has general ability after each task. Without the log of a task its last step is not known.
-    for end, values in zip([0.0, *ends], general, strict=False):
-        add_log(curves, values or {}, end)
-    state = ""
+    steps = [0.0, *ends]
+    for key, values in measured.items():
+        # In place of what the trainer logged under the same key: it measures other texts.
+        curves[key] = {steps[int(trained)]: value for trained, value in values.items() if trained < len(steps)}
     if done < most:
-        state = "in training" if about["joint"] else f"{done} of {most} tasks"
+        about["state"] = "in training" if about["joint"] else f"{done} of {most} tasks"
     return Run(
         folder=folder,
         **about,
-        scores=scores,
-        invalid=invalid,
-        before=_row(matrix, "before", path),
-        before_invalid=_row(matrix, "before_invalid", path),
-        general_before=general_of(general[0] or {}),
-        general_now=general_of(general[done] or {}),
+        general_before=general_at(measured, last=False),
+        general_now=general_at({key: values for key, values in measured.items() if done in values}, last=True),
         curves=curves,
         ends=ends,
-        state=state,
     )
 
 
-def _read_about(path: Path) -> dict[str, Any]:
+def _read_about(folder: Path) -> dict[str, Any]:
     """Read the fields of a `Run` that say what a sequence is."""
+    path = folder / ABOUT
     about = _read_format(path)
-    name, seed, tasks = about.get("name"), about.get("seed"), about.get("tasks")
-    settings = about.get("settings")
+    name, seed, tasks, settings = (about.get(key) for key in ("name", "seed", "tasks", "settings"))
     named = isinstance(tasks, list) and len(tasks) > 0 and all(isinstance(task, str) for task in tasks)
     _require(named, f"{path}, tasks", "a list of names", repr(tasks))
-    _require(isinstance(name, str), f"{path}, name", "a text", repr(name))
+    # A sequence that was given no name has none here.
+    _require("name" in about and isinstance(name, str | None), f"{path}, name", "a text or null", repr(name))
     _require(isinstance(seed, int), f"{path}, seed", "a whole number", repr(seed))
-    joint = isinstance(settings, dict) and settings.get("mode") == "multitask"
-    return {"name": name, "seed": seed, "tasks": tuple(tasks or ()), "joint": joint}
+    every = flat(settings) if isinstance(settings, dict) else {}
+    kept = {
+        key: every[key] for key in sorted(every, key=lambda key: (key != "model", key)) if not OF_A_SEED.fullmatch(key)
+    }
+    return {
+        "name": folder.resolve().name if name is None else name,
+        "kind": json.dumps([name, tasks, about.get("files"), kept], sort_keys=True),
+        "seed": seed,
+        "date": _date(path),
+        "settings": {key: value for key, value in kept.items() if value not in (None, [])},
+        "tasks": tuple(tasks or ()),
+        "joint": every.get("mode") == "multitask",
+    }
 
 
-def _read_matrix(path: Path, tasks: tuple[str, ...]) -> dict[str, Any]:
-    if not path.is_file():
-        return {"tasks": list(tasks), "accuracy": [], "invalid": []}
-    matrix = _read_format(path)
-    found = matrix.get("tasks")
-    # A matrix of other tasks would be drawn under the names of these.
-    _require(found == list(tasks), f"{path}, tasks", f"those of {ABOUT}: {list(tasks)}", found)
-    return matrix
-
-
-def _rows(matrix: Mapping[str, Any], key: str, path: Path, most: int) -> NDArray[np.float64]:
-    """Read the rows of the trained tasks, (R, T)."""
-    rows: Any = matrix.get(key)
-    size = len(matrix["tasks"])
-    _require(isinstance(rows, list), f"{path}, {key}", "a list of rows", type(rows).__name__)
-    _require(len(rows) <= most, f"{path}, {key}", f"at most {most} rows", len(rows))
-    found = [_shares(row, size, f"{path}, {key}[{index}]") for index, row in enumerate(rows)]
-    return np.array(found, dtype=np.float64).reshape(-1, size)
-
-
-def _row(matrix: Mapping[str, Any], key: str, path: Path) -> NDArray[np.float64]:
-    """Read the row of the untouched model, (T,)."""
-    size = len(matrix["tasks"])
-    if matrix.get(key) is None:
-        return np.full(size, math.nan)
-    return np.array(_shares(matrix[key], size, f"{path}, {key}"))
-
-
-def _shares(values: Any, size: int, place: str) -> list[float]:
-    """Read `size` shares between 0 and 1, NaN for `null`."""
-    _require(isinstance(values, list) and len(values) == size, place, f"a list of {size}", values)
-    found = []
-    for value in values:
-        share = number(value)
-        if value is None:
-            share = math.nan
-        # NaN, which JSON of Python may hold too, is neither below 0 nor above 1.
-        if share is None or share < 0 or share > 1:
-            raise _damaged(place, "numbers from 0 to 1, or null where nothing was evaluated", values)
-        found.append(share)
-    return found
+def _shares(rows: Any, size: int, most: int, place: str) -> NDArray[np.float64]:
+    """Read at most `most` rows of `size` shares between 0 and 1, NaN for `null`: (R, T)."""
+    _require(isinstance(rows, list), place, "a list of rows", type(rows).__name__)
+    _require(len(rows) <= most, place, f"at most {most} rows", len(rows))
+    for index, row in enumerate(rows):
+        _require(isinstance(row, list) and len(row) == size, f"{place}[{index}]", f"a list of {size}", row)
+        for value in row:
+            share = math.nan if value is None else number(value)
+            # NaN, which JSON of Python may hold too, is neither below 0 nor above 1.
+            if share is None or share < 0 or share > 1:
+                raise _damaged(f"{place}[{index}]", "numbers from 0 to 1, or null where nothing was evaluated", row)
+    return np.array(rows, dtype=np.float64).reshape(-1, size)
 
 
 def _read_logs(path: Path, rows: int) -> tuple[Curves, list[float]]:
@@ -154,37 +157,27 @@ def _read_logs(path: Path, rows: int) -> tuple[Curves, list[float]]:
         task: Any = log.get("task")
         _require(isinstance(task, int) and task >= 0, place, "an object with the index of a task", log)
         tasks.setdefault(task, []).append((_step_of(log, place), log))
-    curves: Curves = {}
+    logs: list[tuple[float, dict[str, Any]]] = []
     start, ends = 0.0, []
     for index in range(len(tasks)):
         # Without the log of a task nobody knows where the next one starts.
         if index not in tasks:
             break
-        for step, log in tasks[index]:
-            add_log(curves, log, start + step)  # each task counts its steps from 0
+        logs += [(start + step, log) for step, log in tasks[index]]  # each task counts its steps from 0
         start += max(step for step, _ in tasks[index])
         if index < rows:  # a task in training has a log, and no end yet
             ends.append(start)
-    return curves, ends
+    return curves_of(logs), ends
 
 
 # The output folder of a plain `Trainer`
 
 
 def _find_state(folder: Path) -> Path | None:
-    """Find the state that is farthest, of the folder or of its newest checkpoint."""
+    """Find the state that is farthest, of the folder or of a checkpoint."""
     # A resumed run that was stopped leaves an old state beside newer checkpoints.
-    checkpoints = sorted(folder.glob("checkpoint-*/" + STATE), key=_checkpoint)
-    states = [path for path in (folder / STATE, *checkpoints[-1:]) if path.is_file()]
+    states = [path for path in (folder / STATE, *sorted(folder.glob("checkpoint-*/" + STATE))) if path.is_file()]
     return max(states, key=lambda path: number(_read_object(path).get("global_step")) or 0.0, default=None)
-
-
-def _checkpoint(path: Path) -> int:
-    """Return the step of the checkpoint that holds a file; -1 for another folder."""
-    step = path.parent.name.partition("-")[2]
-    if step.isascii() and step.isdecimal():
-        return int(step)
-    return -1
 
 
 def _read_training(folder: Path, path: Path) -> Run:
@@ -192,22 +185,37 @@ def _read_training(folder: Path, path: Path) -> Run:
     state = _read_object(path)
     logs: Any = state.get("log_history")
     _require(isinstance(logs, list), f"{path}, log_history", "a list", type(logs).__name__)
-    curves: Curves = {}
-    before: dict[str, float] = {}
-    now: dict[str, float] = {}
-    for index, log in enumerate(logs):
-        step = _step_of(log, f"{path}, log_history[{index}]")
-        add_log(curves, log, step)
-        for name, value in general_of(log).items():
-            now[name] = value
-            if step == 0:
-                before.setdefault(name, value)
-            # Without a log of step 0 the value then follows from the first change since then.
-            change = number(log.get(f"general/{name}_change"))
-            if change is not None:
-                before.setdefault(name, value - change)
-    left = _state_of(state, logs)
-    return Run(folder, folder.resolve().name, general_before=before, general_now=now, curves=curves, state=left)
+    curves = curves_of([(_step_of(log, f"{path}, log_history[{index}]"), log) for index, log in enumerate(logs)])
+    before, now = general_at(curves, last=False), general_at(curves, last=True)
+    if LOSS in now and CHANGE in now:
+        before.setdefault(LOSS, now[LOSS] - now[CHANGE])
+    elif LOSS in now and LOSS in before:
+        now[CHANGE] = now[LOSS] - before[LOSS]
+    losses = [number(log["eval_loss"]) for log in logs if "eval_loss" in log]
+    full = folder.resolve().name
+    seed = SEED_OF_FOLDER.search(full)
+    name = SEED_OF_FOLDER.sub("", full) or full
+    return Run(
+        folder=folder,
+        name=name,
+        kind=name,
+        seed=int(seed[1]) if seed else None,
+        date=_date(path),
+        settings={**_model(path.parent), **{key: state[key] for key in ABOUT_TRAINING if key in state}},
+        eval_loss=losses[-1] if losses and losses[-1] is not None else math.nan,
+        general_before=before,
+        general_now=now,
+        curves=curves,
+        state=_state_of(state, logs),
+    )
+
+
+def _model(folder: Path) -> dict[str, Any]:
+    """Name the base model of an adapter, or the class of a model, that lies beside the state."""
+    for file, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "architectures")):
+        if (folder / file).is_file():
+            return {"model": _read_object(folder / file).get(key)}
+    return {}
 
 
 def _state_of(state: Mapping[str, Any], logs: Sequence[Mapping[str, Any]]) -> str:

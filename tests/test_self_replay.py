@@ -213,6 +213,7 @@ def test_texts_are_made_once(model, tokenizer, tmp_path, caplog, no_sampling):
     (file,) = tmp_path.iterdir()
     assert file.match("replay-self-????????????????.jsonl")
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert records[0].pop("sha256") == text_digest(texts)
     assert records == [{"text": text, "source": "self"} for text in texts]
     for changes in ({"self_seed": 1}, {"max_length": 30}, {"self_temperature": 0.9}, {"self_top_p": 0.5}):
         own_texts(model, tokenizer, small(**changes), tmp_path)

@@ -63,11 +63,15 @@ def factory_of(settings: SequenceSettings) -> TrainerFactory:
 def factory_settings(settings: SequenceSettings, out: Path) -> dict[str, Any]:
     """Collect the keyword arguments of the factory: those of the section `gere`, and those of `settings`.
 
-    The anchor is in the run folder `out` by default.
+    The anchor is in the run folder `out` by default, and nothing is held out where `general` names texts.
     """
     if settings.trainer != "gere" and not settings.gere:
         return dict(settings.settings)
-    replay = kwargs_of_section(settings.gere, "gere")
+    section = settings.gere
+    if settings.general is not None:
+        # The sequence measures texts of its own. Two general losses in one log would be of different texts.
+        section = {"replay_heldout": 0, **section}
+    replay = kwargs_of_section(section, "gere")
     return {"gere_hidden_state_saving_dir": str(out / "gere_saving"), **replay, **settings.settings}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -138,7 +139,8 @@ def likeliest_answers(
     """
     rows = [Row([*prompt, *option], len(prompt)) for prompt in prompts for option in options]
     batches = list(batches_by_length([row.ids for row in rows], batch_tokens))
-    sums = row_values(log_likelihoods, model, rows, batches, ALONE)
+    with evaluating(model):
+        sums = row_values(partial(log_likelihoods, model), rows, batches, ALONE)
     # The mean: a sum would favour the shorter label.
     means = [value / (len(row.ids) - row.start) for row, value in zip(rows, sums, strict=True)]
     size = len(options)

@@ -208,8 +208,10 @@ def _require_untuned(root: Path, fields: Mapping[str, str], sample: Sequence[flo
     kin = [other for other in _others(root, fields) if other[1].get("architecture") == fields.get("architecture")]
     if not kin or any(found.get("weights") == fields.get("weights") for _, found in kin):
         return
-    if any(same_but_for_rounding(sample, weights_sample(path)) for path, _ in kin):
-        return  # a base in another precision
+    # In another precision the weights of a base differ by rounding, in the same one they do not.
+    same_precision = any(found.get("dtype") == fields.get("dtype") for _, found in kin)
+    if not same_precision and any(same_but_for_rounding(sample, weights_sample(path)) for path, _ in kin):
+        return
     nearest, found = kin[0]
     fix = (
         "Start from the base model that the anchor belongs to. If this model was fine-tuned from it, set "

@@ -251,13 +251,14 @@ class GeReMixin(_Parent):
         step, share = steps.take(), steps.share
         if not step.rows.all_task:
             return session.replay_part(model, step, share)
+        # A backward pass begins with the later call, and has all of its gradients before the activations of the
+        # earlier one go. So the replay rows, mostly the fewer ones, come first.
+        replay_parts = [session.replay_part(model, step, share)] if step.replay else []
         # The parent gets its arguments in the form that Trainer chose: classes differ in their order and their names.
         with steps.held():
             found = parent(model, inputs, *args, **kwargs)
         loss, *outputs = found if isinstance(found, tuple) else (found,)
-        total = session.task_part(loss, step.rows.task, share)
-        if step.replay:
-            total = total + session.replay_part(model, step, share)
+        total = sum(replay_parts, session.task_part(loss, step.rows.task, share))
         return (total, *outputs) if outputs else total
 
     def _gere_end_step(self) -> None:

@@ -35,7 +35,7 @@ def test_every_step_adds_the_next_rows_of_the_stream(size, rows, step, micro_ste
     sizes = [sum(map(len, shares)) for shares in plan]
     assert max(sizes) <= width and sum(1 for size in sizes if size) == -(-rows // width)
     assert all(max(map(len, shares)) - min(map(len, shares)) <= 1 for shares in plan)
-    assert sizes == sorted(sizes), "the last micro-steps hold them"
+    assert sizes == sorted(sizes, reverse=True), "the first micro-steps hold them"
 
 
 def stream_of(task, count=400):

@@ -148,7 +148,7 @@ def test_rows_of_a_step_share_a_forward_pass_by_length(rows, ranks, step):
     plan = added_rows(
         7, rows, seed=0, start=step * rows, micro_steps=4, micro_batch_size=1, world_size=ranks, lengths=lengths
     )
-    found = [lengths[list(itertools.chain(*shares))] for shares in plan[::-1] if any(shares)]
+    found = [lengths[list(itertools.chain(*shares))] for shares in plan if any(shares)]
     assert all(a.max() <= b.min() for a, b in itertools.pairwise(found))
     sampler = BatchInsertionSampler(
         30, 7, batch_size=24, replay_per_batch=rows, micro_batch_size=2, world_size=ranks, replay_lengths=lengths
@@ -192,7 +192,7 @@ def test_group_by_length_holds_beside_replay_rows(make_trainer, arguments, gener
 
 
 def test_task_rows_keep_the_order_of_the_parent(make_trainer, arguments, task, general):
-    """Replay rows take places at the end of each step; what is left of the steps is the parent's order."""
+    """Replay rows take places at either end of each step; what is left of the steps is the parent's order."""
 
     class InOrder(GeReTrainer):
         def _get_train_sampler(self, *arguments):

@@ -91,7 +91,7 @@ def added_rows(
 ) -> list[list[list[int]]]:
     """Choose replay rows that are added to the batches of one optimizer step, where they cannot replace task rows.
 
-    They fill whole micro-steps from the end, so that as few as possible hold both kinds.
+    They fill whole micro-steps from the start, so that as few as possible hold both kinds.
 
     Args:
         num_replay: Replay rows in all.
@@ -110,7 +110,7 @@ def added_rows(
     Example:
         >>> [[len(rows) for rows in ranks] for ranks in added_rows(
         ...     9, 3, seed=0, start=15, micro_steps=2, micro_batch_size=1, world_size=2)]
-        [[1, 0], [1, 1]]
+        [[1, 1], [1, 0]]
     """
     stream = replay_stream(num_replay, seed, start, lengths, rows_per_step or replay_per_batch)
     rows = list(itertools.islice(stream, replay_per_batch))
@@ -118,8 +118,8 @@ def added_rows(
         rows = by_length(rows, lengths)
     width = max(micro_batch_size * world_size, -(-replay_per_batch // micro_steps))
     filled = [rows[first : first + width] for first in range(0, replay_per_batch, width)]
-    # Reversed, so that the micro-step that is not full comes first: the one that holds both kinds.
-    steps: list[list[int]] = [[] for _ in range(micro_steps - len(filled))] + filled[::-1]
+    # From the start, as in `BatchInsertionSampler._place`.
+    steps: list[list[int]] = filled + [[] for _ in range(micro_steps - len(filled))]
     return [[step[rank::world_size] for rank in range(world_size)] for step in steps]
 
 
@@ -129,8 +129,8 @@ class BatchInsertionSampler(Sampler[int]):
     Task row i comes as i, replay row j as `num_task + j`. Every block of `batch_size` indices is one optimizer step.
     Each epoch has every task row once. The last block is filled by wrapping round to the epoch's first rows. Replay
     rows run through whole permutations of the replay set, one after another, across the epochs. They fill whole
-    micro-steps from the end of the block. The rest goes into one mixed micro-step, spread over the ranks. With
-    `replay_per_batch=0` all replay rows are shuffled into the epoch once.
+    micro-steps from the end of the block. The rest goes into one mixed micro-step at its start, spread over the ranks.
+    With `replay_per_batch=0` all replay rows are shuffled into the epoch once.
 
     Args:
         num_task: Task rows.
@@ -253,19 +253,18 @@ class BatchInsertionSampler(Sampler[int]):
         return _permutation(self.num_task, self.seed, _TASK, self.epoch).tolist()
 
     def _place(self, task_rows: list[int], replay_rows: list[int]) -> list[int]:
-        """Order one block so that at most one micro-step holds both kinds."""
+        """Order one block so that at most one micro-step holds both kinds: the first."""
+        # Where two calls of the model meet in a backward pass, all gradients of the one wait for those of the other.
+        # After another micro-step they would be a second copy beside its gradients.
         mixed = len(replay_rows) % self._width
-        if not mixed:
-            return task_rows + replay_rows
-        pure_tasks = len(task_rows) // self._width * self._width
-        block = task_rows[:pure_tasks]
-        tasks, replay = iter(task_rows[pure_tasks:]), iter(replay_rows)
+        block: list[int] = []
+        tasks, replay = iter(task_rows), iter(replay_rows)
         # Shares differ by one row at most, so that no rank waits long for another.
         for rank in range(self.world_size):
             share = mixed // self.world_size + (rank < mixed % self.world_size)
             block += itertools.islice(tasks, self.micro_batch_size - share)
             block += itertools.islice(replay, share)
-        return block + list(replay)
+        return block + list(tasks) + list(replay)
 
     def _check(self) -> None:
         width = self._width

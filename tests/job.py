@@ -119,7 +119,13 @@ def make(root: Path, job: dict, rank: int, ranks: int) -> GeReTrainer:
         w_strategy=job["w"],
         gere_hidden_state_saving_dir=saving,
         gere_config=GeReConfig(
-            **{"replay_dataset": texts, "max_length": 40, "normalization": "elements", **job["config"]}
+            **{
+                "replay_dataset": texts,
+                "replay_heldout": 0,
+                "max_length": 40,
+                "normalization": "elements",
+                **job["config"],
+            }
         ),
     )
 

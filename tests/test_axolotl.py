@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import subprocess
@@ -125,6 +126,37 @@ def test_rows_are_added_unless_the_section_says_otherwise(
     watch = Watch(trainer, general)
     trainer.train()
     assert trainer.replay.rows_per_step == 3 and watch.counts == [(tasks, 3)]
+
+
+@pytest.fixture(autouse=True)
+def own_logger():
+    """The plugin sets up the logger of the library for the whole process."""
+    logger = logging.getLogger("gere")
+    level, handlers = logger.level, [*logger.handlers]
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
+
+
+def test_lines_are_seen_where_axolotl_drops_what_is_not_its_own(
+    manager, tmp_path, tokenizer, general, task, arguments, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, "axolotl")
+    seen = []
+
+    class Console(logging.Handler):
+        def emit(self, record):
+            if record.name.startswith("axolotl") or record.levelno >= logging.WARNING:
+                seen.append(record.getMessage())
+
+    monkeypatch.setattr(logging.root, "handlers", [Console()])
+    cls = chosen(manager, config({"replay_dataset": general, "max_length": 48}, trainer_cls="transformers.Trainer"))
+    given = {"model": load_tiny(), "args": arguments(max_steps=1), "train_dataset": task}
+    trainer = cls(processing_class=tokenizer, data_collator=DataCollatorForSeq2Seq(tokenizer), **given)
+    trainer.train()
+    lines = [line for line in seen if line.startswith("gere: ")]
+    assert len(lines) == 2 and lines[1].endswith(trainer.replay.summary())
 
 
 @pytest.mark.skipif(REAL, reason="the command line of Axolotl itself is run below")

@@ -506,5 +506,5 @@ def test_manifest_names_what_it_is_anchored_to(anchor):
     stored, rows = anchor
     manifest = read_manifest(stored.folder)
     assert manifest["fields"] == {"weights": "w", "texts": "t"}
-    assert manifest["shape"] == {"rows": len(rows), "tokens": sum(map(len, rows)), "dim": DIM}
+    assert manifest["shape"] == {"heldout": 0, "rows": len(rows), "tokens": sum(map(len, rows)), "dim": DIM}
     assert set(load_file(stored.folder / "bands.safetensors")) == {"lower", "upper", "tolerance"}

@@ -43,6 +43,17 @@ def assert_same_curve(ours, theirs, steps=20, rel=1e-4):
             assert a[key] == pytest.approx(b[key], rel=loose * rel, abs=1e-5), (key, a, b)
 
 
+@pytest.mark.parametrize("rate", [1e-3, 0.0])
+def test_held_out_texts_are_shared_by_two_processes(tmp_path, alone, rate):
+    job = {"replay": 3, "steps": 2, "texts": 24, "config": {"replay_heldout": 64}, "args": {"learning_rate": rate}}
+    ours, theirs = run(tmp_path, 2, **job), alone(**job)
+    (one,), (other,) = (done.results[0]["ability"] for done in (ours, theirs))
+    assert all(result["ability"] == [one] for result in ours.results), "the same on every process"
+    for key in ("general/loss", "general/change", "general/change_interval"):
+        assert one[key] == pytest.approx(other[key], abs=1e-6)
+    assert (one["general/change"] == 0.0) == (rate == 0.0)
+
+
 def rows_by_step(done, kind):
     """The task rows (kind 0) or replay rows (kind 1) of each optimizer step over all ranks, with their numbers."""
     steps = zip(*(result["rows"] for result in done.results), strict=True)

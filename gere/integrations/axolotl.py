@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from gere._log import logger
 from gere.config import kwargs_of_section
 from gere.errors import ConfigError, GeReError, UnsupportedSettingError
 
@@ -26,6 +28,21 @@ SECTION = "gere"
 DEFAULTS = {"replay_mode": "add"}
 # Kinds of training whose batches are no rows of tokens and labels.
 REFUSED = ("rl", "reward_model", "process_reward_model")
+
+
+class _AsAxolotl(logging.Handler):
+    """Hands what Axolotl would drop, records below a warning, to a logger of Axolotl's."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING:
+            logging.getLogger(f"axolotl.{record.name}").log(record.levelno, record.getMessage())
+
+
+def _show_lines() -> None:
+    """Let the line at the start of a training and the answer at its end be seen."""
+    if not any(isinstance(handler, _AsAxolotl) for handler in logger.handlers):
+        logger.addHandler(_AsAxolotl())
+    logger.setLevel(logging.INFO)
 
 
 class GeReArgs(BaseModel):
@@ -80,6 +97,7 @@ class GeRePlugin(BasePlugin):
         """Return the trainer class with replay, its settings bound; `None` for a config without this plugin."""
         if not self._named_in(cfg):
             return None
+        _show_lines()
         return _bound(self._parent(cfg), self._replay_kwargs(cfg))
 
     def add_callbacks_post_trainer(self, cfg: Mapping[str, Any], trainer: Trainer) -> list[TrainerCallback]:

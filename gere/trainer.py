@@ -22,7 +22,6 @@ from gere._log import logger, say
 from gere.config import AUTO, GeReConfig, refuse_unknown_arguments, replay_rows, require
 from gere.evaluation import GeneralAbilityCallback
 from gere.evaluation.callback import AtTheEnd
-from gere.evaluation.general import CHANGE
 from gere.model.adapters import refuse_unanchorable
 from gere.model.sharded import is_sharded
 from gere.replay.batch import MicroBatch, MixedCollator, MixedDataset, RowCounts, unpacked
@@ -354,12 +353,14 @@ class GeReMixin(_Parent):
         """Measure the trained model, and say what was kept."""
         heldout = self._gere_heldout()
         if heldout is not None:
-            change = heldout.measure()
-            if self.args.load_best_model_at_end or CHANGE not in self.state.log_history[-1]:
-                self.log(change.logs)
-        if self._gere_session is not None and self.is_world_process_zero():
-            summary = self.replay.summary()
-            self.state.log_history[-1]["gere/summary"] = summary
+            # The weights are not those of the last evaluation if the best checkpoint has been loaded.
+            best = self.args.load_best_model_at_end
+            self.log((heldout.measure() if best else heldout.measure_once(self.state.global_step)).logs)
+        if self._gere_session is None:
+            return
+        summary = self.replay.summary()
+        self.state.log_history[-1]["gere/summary"] = summary
+        if self.is_world_process_zero():
             say(f"gere: {summary}")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -122,6 +122,13 @@ class GeReConfig:
         '"none" turns replay off: training is that of the parent trainer, bit for bit.',
         choices=(*STRATEGIES, NO_REPLAY),
     )
+    base_decay: float = _setting(
+        0.0,
+        "Pull the weights back to those of the base model while they are trained: over the whole training, what was "
+        "learned at its start fades to exp(-base_decay). 0 is off; 0.7 to 1.6 are sensible. It also works with "
+        'replay_strategy "none".',
+        example=0.7,
+    )
     replay_mode: Mode = _setting(
         "auto",
         '"replace" task rows of a step by replay rows, or "add" replay rows to them. "auto" replaces, and adds where '
@@ -201,6 +208,8 @@ class GeReConfig:
             require(isinstance(value, str) and bool(value), f"gere_config.{name}", expected, value)
         most = f"at most {MOST_KEPT}, since all others count as one"
         require(self.kl_top_k <= MOST_KEPT, "gere_config.kl_top_k", most, self.kl_top_k)
+        decay = self.base_decay
+        require(_finite(decay) and decay >= 0, "gere_config.base_decay", "a finite number >= 0", decay)
         quantiles = (self.lower_quantile, self.upper_quantile)
         ordered = all(map(_finite, quantiles)) and 0 < quantiles[0] < quantiles[1] < 1
         require(ordered, "gere_config.lower_quantile, upper_quantile", "0 < lower < upper < 1", quantiles)

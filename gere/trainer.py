@@ -19,6 +19,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from gere import _compat
 from gere._log import logger, say
+from gere.blend import BaseDecay, BaseWeights, DecayCallback, find_base
+from gere.cache.fingerprint import weights_digest
 from gere.config import AUTO, GeReConfig, refuse_unknown_arguments, replay_rows, require
 from gere.evaluation import GeneralAbilityCallback
 from gere.evaluation.callback import AtTheEnd
@@ -29,7 +31,7 @@ from gere.sampler import BatchInsertionSampler, parent_order
 from gere.session import checks, policy
 from gere.session.anchor import ReadyModel, precision_name, strategy_of
 from gere.session.callbacks import ReplayCallback
-from gere.session.checkpoint import loaded_key, read_key, remember, write_key, write_weight
+from gere.session.checkpoint import loaded_key, read_base, read_key, remember, write_base, write_key, write_weight
 from gere.session.heldout import HeldOut
 from gere.session.plan import ReplayPlan, make_plan, replay_settings
 from gere.session.session import ReplaySession, begin_session
@@ -88,8 +90,12 @@ class GeReMixin(_Parent):
         self._gere_why_added = ""
         refuse_unknown_arguments(kwargs, _compat.arguments_of(type(self)))
         super().__init__(*args, **_compat.with_processing_class(super().__init__, kwargs))
-        if not self._gere.active:
-            return
+        if self._gere.active:
+            self._gere_follow_events()
+        if self._gere.config.base_decay:
+            self.add_callback(DecayCallback(self._gere_begin_decay))
+
+    def _gere_follow_events(self) -> None:
         refuse_unanchorable(self.model)
         if type(self).compute_loss is not GeReMixin.compute_loss:
             # A subclass of this one has its own loss, which knows task rows alone. Replay goes around it.
@@ -369,6 +375,25 @@ class GeReMixin(_Parent):
         card = Path(str(self.args.output_dir)) / "README.md"
         if self._gere_session is not None and self.is_world_process_zero() and card.is_file():
             append_to_card(card, self.replay)
+
+    def _gere_begin_decay(self) -> BaseDecay:
+        """Plan the pulls towards the base weights; the anchor is there."""
+        inner = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+        checks.refuse_sharded_decay(self, inner)
+        ranks, folder = _compat.ranks_of(self), Path(str(self.args.output_dir))
+
+        def find() -> BaseWeights:
+            if self._gere_session is not None:
+                digest = self._gere_session.anchor.fields["weights"]
+            elif self._gere_checkpoint is not None:
+                digest = ranks.ask(lambda: read_base(folder))[0]
+            else:
+                digest = weights_digest(inner, ranks)
+                if self.args.should_save:
+                    write_base(folder, digest)
+            return find_base(inner, self._gere.folder, digest, ranks)
+
+        return BaseDecay(self._gere.config.base_decay, self.state.max_steps, inner, find, self.args.seed)
 
     @property
     def _gere_shows_progress(self) -> bool:

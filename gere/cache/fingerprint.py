@@ -107,7 +107,7 @@ def weights_of(model: nn.Module, ranks: Ranks = ALONE) -> Weights:
                 found.append(_of_tensor(name, content))
     else:
         found = ranks.only(ranks.index == 0, lambda: _of_tensors(tensors)) or []
-    digest = sha256("".join(one.digest for one in found).encode())
+    digest = _joined(found)
     # The first process computes it for all, so that weights that differ by rounding still have one digest.
     return ranks.gather(Weights(digest, [value for one in found for value in one.sample]))[0]
 
@@ -115,6 +115,15 @@ def weights_of(model: nn.Module, ranks: Ranks = ALONE) -> Weights:
 def weights_digest(model: nn.Module, ranks: Ranks = ALONE) -> str:
     """Return the digest of all weights and persistent buffers of the base model, as in `weights_of`."""
     return weights_of(model, ranks).digest
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the digest that `weights_digest` gives for a model with these tensors, sorted by name."""
+    return _joined([_of_tensor(name, tensor) for name, tensor in tensors])
+
+
+def _joined(weights: Sequence[Weights]) -> str:
+    return sha256("".join(one.digest for one in weights).encode())
 
 
 def same_but_for_rounding(sample: Sequence[float], other: Sequence[float]) -> bool:

@@ -18,7 +18,7 @@ from gere.errors import CacheCorruptError, CacheFolderError, CacheMissingError, 
 from gere.model.adapters import base_module
 from gere.ranks import ALONE, Ranks
 
-ANCHOR_FILE, WEIGHT_FILE = "gere_anchor.json", "gere_weight.json"
+ANCHOR_FILE, WEIGHT_FILE, BASE_FILE = "gere_anchor.json", "gere_weight.json", "gere_base.json"
 LIVE = "live"
 KEY = re.compile("[0-9a-f]{32}")
 
@@ -46,6 +46,35 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     with folder_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)  # with sharded checkpoints the trainer has not made it yet
     write_atomic(path, canonical_json(content))
+
+
+def write_base(folder: Path, weights: str) -> None:
+    """Write the digest of the base weights into the output folder of a training without an anchor.
+
+    Raises:
+        CacheFolderError: If the folder cannot be written.
+    """
+    _write(folder / BASE_FILE, {"format_version": 1, "weights": weights})
+
+
+def read_base(folder: Path) -> str:
+    """Digest of the base weights of a training without an anchor that is resumed.
+
+    Raises:
+        CacheMissingError: If its output folder does not name it.
+        CacheCorruptError: If the file cannot be used.
+    """
+    fix = "Restore the file, or start from the base model."
+    weights = _read(folder, BASE_FILE, fix).get("weights")
+    if not isinstance(weights, str):
+        raise CacheMissingError(
+            "Training with base_decay resumes, and nothing says what its base is.",
+            where=folder,
+            expected=f"{BASE_FILE}, which a training with base_decay writes when it begins",
+            found="no such file, or one without weights",
+            fix=fix,
+        )
+    return weights
 
 
 def read_key(folder: Path | None) -> str | None:

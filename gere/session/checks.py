@@ -10,6 +10,7 @@ from torch import nn
 from gere import _compat
 from gere._log import logger
 from gere.errors import ConfigError, UnsupportedSettingError
+from gere.model.sharded import is_sharded
 from gere.model.states import depth_of, is_reentrant
 from gere.session import policy
 
@@ -50,6 +51,23 @@ def refuse_settings(trainer: Any) -> None:
         if wrong:
             what = "A training setting does not go together with replay."
             raise UnsupportedSettingError(what, where=where, expected=expected, found=found, fix=fix)
+
+
+def refuse_sharded_decay(trainer: Any, model: nn.Module) -> None:
+    """Refuse base decay where a process holds only a part of the weights, or a copy of them that others overwrite.
+
+    Raises:
+        UnsupportedSettingError: Naming the way in which they are spread.
+    """
+    kind = policy.kind_of(trainer)
+    if is_sharded(model) or not policy.is_whole(kind):
+        raise UnsupportedSettingError(
+            "Base decay needs the whole weights on each process.",
+            where="gere_config.base_decay",
+            expected="one process, or DDP",
+            found=kind,
+            fix="Use DDP, or leave base_decay out.",
+        )
 
 
 def refuse_reentrant(trainer: Any, model: nn.Module, *, mixes: bool, adding: bool) -> None:

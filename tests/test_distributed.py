@@ -173,6 +173,20 @@ def test_zero_follows_the_curve_of_one(tmp_path, alone, deepspeed_extensions):
         assert_same_curve(done, alone(replay=3))
 
 
+def test_base_decay_on_two_processes(tmp_path, alone):
+    job = {"replay": 3, "config": {"base_decay": 1.0}}
+    ours, theirs = run(tmp_path, 2, **job), alone(**job)
+    assert_same_curve(ours, theirs)
+    assert ours.logs[-1]["gere/tm"] < 0.9 * alone(replay=3).logs[-1]["gere/tm"], "it pulls"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
+def test_base_decay_is_refused_where_weights_are_spread(tmp_path, strategy, deepspeed_extensions):
+    done = run(tmp_path, 2, succeed=False, limit=280, strategy=strategy, config={"base_decay": 1.0})
+    assert all(done.codes) and "Base decay needs the whole weights on each process" in done.output
+
+
 @pytest.mark.slow
 def test_each_rank_distils_its_share_of_the_anchor_once(tmp_path, alone):
     """The same bytes for any number of processes; a second start and another world size build nothing."""

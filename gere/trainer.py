@@ -36,7 +36,7 @@ from gere.session.heldout import HeldOut
 from gere.session.plan import ReplayPlan, make_plan, replay_settings
 from gere.session.session import ReplaySession, begin_session
 from gere.session.step import Steps, added_parts, share_of
-from gere.session.summary import ReplayFacts, append_to_card, facts_of, opening
+from gere.session.summary import ReplayFacts, advice_of, append_to_card, facts_of, opening
 from gere.session.trackers import tell_trackers
 
 if TYPE_CHECKING:
@@ -108,7 +108,9 @@ class GeReMixin(_Parent):
         """What is known of the replay now."""
         # The plan is a cached property: asking for it here would read the texts.
         plan = self.__dict__.get("_gere_plan")
-        return facts_of(self._gere, self._gere_rows, plan, self._gere_session, self.state.log_history)
+        rows, decay = self._gere_rows, self._gere.config.base_decay
+        advice = advice_of(self, rows, policy.rows_of_step(self), decay)
+        return facts_of(self._gere, rows, plan, self._gere_session, self.state.log_history, advice)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the parent does; a checkpoint names the anchor of its run."""
@@ -328,7 +330,8 @@ class GeReMixin(_Parent):
         remember(inner, self._gere_session.anchor.key, self._gere_session.anchor.fields["weights"])
         if self.is_world_process_zero():
             tell_trackers(self.callback_handler.callbacks, self._gere, self._gere_session.anchor.key)
-            say(opening(self._gere_session, policy.step_plan(self, self._gere_rows, added=adding)))
+            plan = policy.step_plan(self, self._gere_rows, self._gere.config.base_decay, added=adding)
+            say(opening(self._gere_session, plan))
         if self.args.should_save:
             # A model that is saved past the trainer, or by a killed run, must not be taken for a base later.
             write_key(Path(str(self.args.output_dir)), self._gere_session.anchor.key)

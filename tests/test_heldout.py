@@ -249,8 +249,8 @@ def test_start_and_end_say_it_once(measuring_trainer, caplog):
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("gere:")]
     key, folder = trainer.replay.anchor.key, trainer.replay.folder
     assert said[0] == (
-        f"gere: anchor {key} built in {folder}; 22 texts are replayed, 2 are held out; "
-        "1 of 8 rows in each step are replay rows (12.5 %); 3 steps."
+        f"gere: anchor {key} built in {folder}; 1 of 8 rows in each step is a replay row (12.5 %), from 22 texts; "
+        "2 texts are held out; 3 steps."
     )
     assert said[1] == f"gere: {trainer.replay.summary()}" and len(said) == 2
     assert trainer.state.log_history[-1]["gere/summary"] == trainer.replay.summary()
@@ -269,24 +269,38 @@ def test_steps_of_an_epoch_are_compared_to_those_of_the_plain_trainer(measuring_
 
 
 SENTENCES = {
-    0.5: "Forgot: general loss 3.000 -> 3.500, +0.500 ± 0.100",
-    -0.2: "Kept: general loss 3.000 -> 2.800, -0.200 ± 0.100",
+    0.5: "Forgot: general loss 3.000 -> 3.500, +0.500 nats (95 % interval +0.400 to +0.600)",
+    0.05: "Unclear: general loss 3.000 -> 3.050, +0.050 nats (95 % interval -0.050 to +0.150)",
+    -0.2: "Kept: general loss 3.000 -> 2.800, -0.200 nats (95 % interval -0.300 to -0.100)",
 }
 
 
-@pytest.mark.parametrize(("change", "word"), SENTENCES.items())
-def test_summary_is_a_sentence(measuring_trainer, change, word):
-    trainer = measuring_trainer()
+@pytest.mark.parametrize(("change", "words"), SENTENCES.items())
+def test_summary_is_a_sentence(measuring_trainer, arguments, change, words):
+    trainer = measuring_trainer(args=arguments(logging_steps=3))
     trainer.train()
+    first = entries(trainer, "gere/first_task_loss")[0]
+    assert first["gere/first_task_loss"] > first["gere/task_loss"] > 0
     trainer.state.log_history += [
         dict(zip(NAMES, (3.0 + change, change, 0.1), strict=True)),
         {"general/sciq": 0.7, "general/sciq_se": 0.03},
         {"general/sciq": 0.6, "general/sciq_se": 0.04},
     ]
     summary = trainer.replay.summary()
-    assert f"{word} nats on 2 texts that were never replayed." in summary
-    assert ("Try a lower learning rate" in summary) == (change > 0)
+    assert f"{words} on 2 texts that were never replayed." in summary
+    assert ("Try gere_config.base_decay=1, or a lower learning_rate than 0.001." in summary) == (change > 0.1)
+    assert f"Task loss {first['gere/first_task_loss']:.3f} in the first step" in summary
     assert "sciq                 0.700 -> 0.600 ± 0.040" in summary
+
+
+def test_task_loss_of_the_first_step_is_that_of_a_log_at_each_step(measuring_trainer, arguments):
+    each, once = (measuring_trainer(args=arguments(logging_steps=steps)) for steps in (1, 3))
+    each.train()
+    once.train()
+    assert entries(once, "gere/first_task_loss")[0]["gere/first_task_loss"] == pytest.approx(
+        entries(each, "gere/task_loss")[0]["gere/task_loss"]
+    )
+    assert len(entries(each, "gere/first_task_loss")) == 1
 
 
 def test_lines_are_seen_where_nobody_configured_logging(monkeypatch, capsys, measuring_trainer):

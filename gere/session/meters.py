@@ -22,6 +22,8 @@ class Meters:
     def __init__(self, distance: str, device: torch.device) -> None:
         self._distance = distance
         self._device = device
+        self._first_task_loss = torch.zeros((), device=device)
+        self._read_before = False
         self._clear()
 
     def _clear(self) -> None:
@@ -30,7 +32,9 @@ class Meters:
         self._replay = torch.zeros(len(ReplaySums._fields), device=self._device)
 
     def step(self) -> None:
-        """Count an optimizer step that has task rows."""
+        """Count an optimizer step that has task rows; it begins."""
+        if self._steps == 1 and not self._read_before:
+            self._first_task_loss = self._task_loss
         self._steps += 1
 
     def add_task(self, loss: Tensor) -> None:
@@ -51,9 +55,14 @@ class Meters:
             `gere/...` values by name; empty if no step was taken.
         """
         steps = torch.tensor(float(self._steps), device=self._device)
-        total = join(torch.cat([torch.stack([steps, self._task_loss]), self._replay])).tolist()
+        first = self._task_loss if self._steps == 1 else self._first_task_loss
+        total = join(torch.cat([torch.stack([first, steps, self._task_loss]), self._replay])).tolist()
+        logs = self._averages(total[1], total[2], *total[3:])
+        if logs and not self._read_before:
+            logs["gere/first_task_loss"] = total[0]
+        self._read_before = self._read_before or bool(logs)
         self._clear()
-        return self._averages(total[0], total[1], *total[2:])
+        return logs
 
     def _averages(self, steps: float, task_loss: float, *replay: float) -> dict[str, float]:
         logs = {}

@@ -78,7 +78,7 @@ def why_no_row_sampler(sampler: Any, rows: int) -> str | None:
     return None
 
 
-def step_plan(trainer: Any, replay: int, *, added: bool) -> StepPlan:
+def step_plan(trainer: Any, replay: int, base_decay: float, *, added: bool) -> StepPlan:
     """How the training of a trainer goes, with so many replay rows in a step."""
     rows, steps = rows_of_step(trainer), int(trainer.state.max_steps)
     plain_steps = steps
@@ -86,4 +86,4 @@ def step_plan(trainer: Any, replay: int, *, added: bool) -> StepPlan:
         share = len(trainer.train_dataset) / rows
         per_epoch = math.floor(share) if trainer.args.dataloader_drop_last else math.ceil(share)
         plain_steps = math.ceil(max(1, per_epoch) * trainer.args.num_train_epochs)
-    return StepPlan(rows, replay, added, steps, plain_steps)
+    return StepPlan(rows, replay, added, steps, plain_steps, base_decay)

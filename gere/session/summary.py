@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from gere.evaluation.general import CHANGE, INTERVAL, LOSS
 from gere.session.plan import ReplayPlan, ReplaySettings
 from gere.session.session import ReplaySession
 
-# Nats a token, about a tenth of the perplexity. What is lost beyond that is called forgotten.
+# Nats, about a tenth of the perplexity. What is lost beyond that is called forgotten.
 KEPT = 0.1
 GENERAL, ERROR = "general/", "_se"
 Log = Mapping[str, Any]
@@ -26,6 +27,7 @@ class StepPlan(NamedTuple):
         added: Whether replay rows come on top of those rows.
         steps: Optimizer steps of the training.
         plain_steps: Optimizer steps that the plain trainer would take.
+        base_decay: `gere_config.base_decay`.
     """
 
     rows: int
@@ -33,6 +35,7 @@ class StepPlan(NamedTuple):
     added: bool
     steps: int
     plain_steps: int
+    base_decay: float
 
 
 class ReplayFacts(NamedTuple):
@@ -47,6 +50,7 @@ class ReplayFacts(NamedTuple):
         anchor: The anchor, with its `key` and `folder`; `None` until training begins.
         weight: Weight of the distance before its cap; `None` until training begins, and where each row has its own.
         history: Log of the training so far.
+        advice: What to change if the training forgot.
     """
 
     active: bool
@@ -57,10 +61,11 @@ class ReplayFacts(NamedTuple):
     anchor: Anchor | None
     weight: float | None
     history: Sequence[Log]
+    advice: str
 
     def summary(self) -> str:
         """Say what the task gained and what was forgotten, as the end of a training does."""
-        parts = [_task_sentence(self.history), _general_sentence(self.history, self.heldout or 0)]
+        parts = [_task_sentence(self.history), _general_sentence(self.history, self.heldout or 0, self.advice)]
         return "\n".join([" ".join(filter(None, parts)), *_abilities(self.history)])
 
 
@@ -70,9 +75,10 @@ def facts_of(
     plan: ReplayPlan | None,
     session: ReplaySession | None,
     history: Sequence[Log],
+    advice: str,
 ) -> ReplayFacts:
     """Put together what is known so far."""
-    facts = ReplayFacts(settings.active, settings.folder, rows_per_step, None, None, None, None, history)
+    facts = ReplayFacts(settings.active, settings.folder, rows_per_step, None, None, None, None, history, advice)
     if plan is not None:
         facts = facts._replace(texts=len(plan.replay.rows), heldout=len(plan.replay.heldout))
     if session is not None:
@@ -84,12 +90,17 @@ def opening(session: ReplaySession, plan: StepPlan) -> str:
     """Say what a training begins with."""
     replay = session.plan.replay
     done = "built" if session.built else "opened"
-    line = f"gere: anchor {session.anchor.key} {done} in {session.anchor.folder.parent}; "
-    line += f"{len(replay.rows)} texts are replayed, {len(replay.heldout)} are held out; {_rows(plan)}; "
-    line += f"{plan.steps} steps"
+    parts = [
+        f"gere: anchor {session.anchor.key} {done} in {session.anchor.folder.parent}",
+        f"{_rows(plan)}, from {len(replay.rows)} texts",
+        f"{len(replay.heldout)} texts are held out",
+    ]
+    if plan.base_decay:
+        parts.append(f"base decay {plan.base_decay:g}")
+    steps = f"{plan.steps} steps"
     if plan.steps != plan.plain_steps:
-        line += f" ({plan.plain_steps} without replay)"
-    return line + "."
+        steps += f" ({plan.plain_steps} without replay)"
+    return "; ".join([*parts, steps]) + "."
 
 
 def append_to_card(card: Path, facts: ReplayFacts) -> None:
@@ -101,11 +112,30 @@ def append_to_card(card: Path, facts: ReplayFacts) -> None:
 
 def _rows(plan: StepPlan) -> str:
     if not plan.replay:
-        return "the replayed texts are shuffled into each epoch"
+        return "replay rows are shuffled into each epoch"
+    are = "is a replay row" if plan.replay == 1 else "are replay rows"
     if plan.added:
-        return f"{plan.replay} replay rows are added to the {plan.rows} rows of each step"
-    share = 100 * plan.replay / plan.rows
-    return f"{plan.replay} of {plan.rows} rows in each step are replay rows ({share:.3g} %)"
+        return f"{plan.replay} beside the {plan.rows} rows of each step {are}"
+    return f"{plan.replay} of {plan.rows} rows in each step {are} ({100 * plan.replay / plan.rows:.3g} %)"
+
+
+def advice_of(trainer: Any, replay: int, rows: int, base_decay: float) -> str:
+    """Say what to change in a training that forgot, by its own numbers.
+
+    Args:
+        trainer: The trainer.
+        replay: Replay rows of a step.
+        rows: Rows of a step.
+        base_decay: `gere_config.base_decay`.
+    """
+    tries = [f"a lower learning_rate than {trainer.args.learning_rate:g}"]
+    if not base_decay:
+        tries.insert(0, "gere_config.base_decay=1")
+    if trainer.state.epoch and trainer.state.epoch > 1:
+        tries.append(f"fewer than {trainer.state.epoch:.2g} epochs")
+    if 2 * replay < rows:
+        tries.append(f"more replay rows than {replay} of {rows} (num_interpolate_per_batch)")
+    return f"Try {', or '.join(tries)}."
 
 
 def _ends(history: Sequence[Log], name: str) -> tuple[float, float] | None:
@@ -118,10 +148,12 @@ def _task_sentence(history: Sequence[Log]) -> str:
     ends = _ends(history, "gere/task_loss")
     if ends is None:
         return ""
-    return f"Task loss {ends[0]:.3f} -> {ends[1]:.3f}."
+    # The first value of the log is a mean over `logging_steps` steps, in which much is learned.
+    first = _ends(history, "gere/first_task_loss") or ends
+    return f"Task loss {first[0]:.3f} in the first step, {ends[1]:.3f} at the end."
 
 
-def _general_sentence(history: Sequence[Log], texts: int) -> str:
+def _general_sentence(history: Sequence[Log], texts: int, advice: str) -> str:
     measured = [log for log in history if CHANGE in log]
     if not measured:
         return (
@@ -129,15 +161,20 @@ def _general_sentence(history: Sequence[Log], texts: int) -> str:
             "10 texts or more to replay."
         )
     loss, change = measured[-1][LOSS], measured[-1][CHANGE]
-    size = f"{change:+.3f}"
-    if INTERVAL in measured[-1]:
-        size += f" ± {measured[-1][INTERVAL]:.3f}"
+    half = measured[-1].get(INTERVAL, math.nan)
+    low, high = change - half, change + half
     on = f"{texts} texts" if texts else "texts"
-    found = f"general loss {loss - change:.3f} -> {loss:.3f}, {size} nats on {on} that were never replayed."
-    if change <= KEPT:
+    found = f"general loss {loss - change:.3f} -> {loss:.3f}, {change:+.3f} nats"
+    if math.isnan(half):
+        low = high = change
+    else:
+        found += f" (95 % interval {low:+.3f} to {high:+.3f})"
+    found += f" on {on} that were never replayed."
+    if high <= KEPT:
         return f"Kept: {found}"
-    tries = "Try a lower learning rate, fewer epochs, or more replay rows in each step (num_interpolate_per_batch)."
-    return f"Forgot: {found} {tries}"
+    if low > 0 and change > KEPT:
+        return f"Forgot: {found} {advice}"
+    return f"Unclear: {found} More held-out texts (gere_config.replay_heldout) make the interval smaller."
 
 
 def _abilities(history: Sequence[Log]) -> list[str]:

@@ -129,6 +129,20 @@ class GeReConfig:
         'replay_strategy "none".',
         example=0.7,
     )
+    forgetting_budget: float | None = _setting(
+        None,
+        "Most that may be forgotten, in nats of general loss. After training, the weights move back along the line to "
+        "the base weights, as little as is needed, until the 95 % interval of the change on the held-out texts is "
+        "within it. With an eval_dataset, the point within it that has the least evaluation loss is taken.",
+        example=0.05,
+    )
+    blend: str | None = _setting(
+        None,
+        '"best" moves the weights back after training to the point of the line with the least evaluation loss, with '
+        "or without a budget.",
+        choices=("best",),
+        example="best",
+    )
     replay_mode: Mode = _setting(
         "auto",
         '"replace" task rows of a step by replay rows, or "add" replay rows to them. "auto" replaces, and adds where '
@@ -208,6 +222,9 @@ class GeReConfig:
             require(isinstance(value, str) and bool(value), f"gere_config.{name}", expected, value)
         most = f"at most {MOST_KEPT}, since all others count as one"
         require(self.kl_top_k <= MOST_KEPT, "gere_config.kl_top_k", most, self.kl_top_k)
+        budget = self.forgetting_budget
+        sound = budget is None or (_finite(budget) and budget >= 0)
+        require(sound, "gere_config.forgetting_budget", "a finite number >= 0, or None", budget)
         decay = self.base_decay
         require(_finite(decay) and decay >= 0, "gere_config.base_decay", "a finite number >= 0", decay)
         quantiles = (self.lower_quantile, self.upper_quantile)

@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from gere import _compat
 from gere._log import logger, say
-from gere.blend import BaseDecay, BaseWeights, DecayCallback, find_base
+from gere.blend import BaseDecay, BaseWeights, TrainedWeights, find_base
 from gere.cache.fingerprint import weights_digest
 from gere.config import AUTO, GeReConfig, refuse_unknown_arguments, replay_rows, require
 from gere.evaluation import GeneralAbilityCallback
@@ -30,9 +30,10 @@ from gere.replay.batch import MicroBatch, MixedCollator, MixedDataset, RowCounts
 from gere.sampler import BatchInsertionSampler, parent_order
 from gere.session import checks, policy
 from gere.session.anchor import ReadyModel, precision_name, strategy_of
-from gere.session.callbacks import ReplayCallback
+from gere.session.callbacks import LineCallback, ReplayCallback
 from gere.session.checkpoint import loaded_key, read_base, read_key, remember, write_base, write_key, write_weight
 from gere.session.heldout import HeldOut
+from gere.session.line import NOT_MOVED, SHARE, Line, chooses, evaluation_loss, move_back, require_measures
 from gere.session.plan import ReplayPlan, make_plan, replay_settings
 from gere.session.session import ReplaySession, begin_session
 from gere.session.step import Steps, added_parts, share_of
@@ -88,12 +89,14 @@ class GeReMixin(_Parent):
         self._gere_steps = Steps(type(self).__name__)
         self._gere_checkpoint: Path | None = None
         self._gere_why_added = ""
+        self._gere_line: Line | None = None
         refuse_unknown_arguments(kwargs, _compat.arguments_of(type(self)))
         super().__init__(*args, **_compat.with_processing_class(super().__init__, kwargs))
         if self._gere.active:
             self._gere_follow_events()
-        if self._gere.config.base_decay:
-            self.add_callback(DecayCallback(self._gere_begin_decay))
+        if self._gere.config.base_decay or chooses(self._gere.config):
+            self.add_callback(LineCallback(self._gere_begin_line, self._gere_pull))
+        self.callback_handler.callbacks.insert(0, AtTheEnd(self._gere_finish))
 
     def _gere_follow_events(self) -> None:
         refuse_unanchorable(self.model)
@@ -101,7 +104,6 @@ class GeReMixin(_Parent):
             # A subclass of this one has its own loss, which knows task rows alone. Replay goes around it.
             self.compute_loss = partial(self._gere_loss, partial(type(self).compute_loss, self))  # type: ignore[method-assign]
         self.add_callback(ReplayCallback(self._gere_begin, self._gere_steps.close, self._gere_end_step))
-        self.callback_handler.callbacks.insert(0, AtTheEnd(self._gere_finish))
 
     @property
     def replay(self) -> ReplayFacts:
@@ -365,7 +367,8 @@ class GeReMixin(_Parent):
             # The weights are not those of the last evaluation if the best checkpoint has been loaded.
             best = self.args.load_best_model_at_end
             self.log((heldout.measure() if best else heldout.measure_once(self.state.global_step)).logs)
-        if self._gere_session is None:
+        self._gere_move_back()
+        if self._gere_session is None and not chooses(self._gere.config):
             return
         summary = self.replay.summary()
         self.state.log_history[-1]["gere/summary"] = summary
@@ -379,15 +382,21 @@ class GeReMixin(_Parent):
         if self._gere_session is not None and self.is_world_process_zero() and card.is_file():
             append_to_card(card, self.replay)
 
-    def _gere_begin_decay(self) -> BaseDecay:
-        """Plan the pulls towards the base weights; the anchor is there."""
+    def _gere_begin_line(self) -> None:
+        """Find the base of the trained weights; the anchor is there."""
+        config, session = self._gere.config, self._gere_session
+        heldout = session is not None and session.heldout is not None
+        require_measures(config, heldout=heldout, evaluation=self.eval_dataset is not None)
         inner = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
-        checks.refuse_sharded_decay(self, inner)
+        if config.base_decay:
+            checks.refuse_sharded_decay(self, inner)
+        elif checks.is_spread(self, inner):
+            return  # the answer at the end names the command that can do it
         ranks, folder = _compat.ranks_of(self), Path(str(self.args.output_dir))
 
         def find() -> BaseWeights:
-            if self._gere_session is not None:
-                digest = self._gere_session.anchor.fields["weights"]
+            if session is not None:
+                digest = session.anchor.fields["weights"]
             elif self._gere_checkpoint is not None:
                 digest = ranks.ask(lambda: read_base(folder))[0]
             else:
@@ -396,7 +405,33 @@ class GeReMixin(_Parent):
                     write_base(folder, digest)
             return find_base(inner, self._gere.folder, digest, ranks)
 
-        return BaseDecay(self._gere.config.base_decay, self.state.max_steps, inner, find, self.args.seed)
+        trained = TrainedWeights(inner, find)
+        decay = BaseDecay(config.base_decay, self.state.max_steps, trained, self.args.seed)
+        self._gere_line = Line(trained, decay)
+
+    def _gere_pull(self, step: int) -> None:
+        if self._gere_line is not None:
+            self._gere_line.decay.after(step)
+
+    def _gere_move_back(self) -> None:
+        """Choose a point of the line between base and tuned weights, if that is asked for."""
+        config, session = self._gere.config, self._gere_session
+        if not chooses(config):
+            return
+        if self._gere_line is None:
+            self.state.log_history[-1][NOT_MOVED] = 1
+            return
+        # What is left of the tuned end, if no checkpoint has it.
+        if self.args.save_strategy == "no":
+            self.save_model(str(Path(str(self.args.output_dir)) / "tuned"))
+        evaluate = None
+        if self.eval_dataset is not None:
+            evaluate = partial(evaluation_loss, self)
+        heldout = session.heldout if session is not None else None
+        measure = heldout.measure if heldout is not None else None
+        share = move_back(self._gere_line.trained, config.forgetting_budget, measure, evaluate)  # type: ignore[arg-type]
+        logs = {SHARE: share, **(heldout.measure().logs if heldout is not None else {})}
+        self.log(logs)
 
     @property
     def _gere_shows_progress(self) -> bool:

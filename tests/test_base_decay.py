@@ -8,16 +8,19 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, load_tiny
+from conftest import DATA, TINY, load_tiny, read_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from gere import GeReConfig, GeReTrainer
-from gere.blend import pulls
+from gere.blend import find_base, pulls
 from gere.blend.decay import pull, rounded
+from gere.blend.trained import TrainedWeights, go_to
+from gere.cache.fingerprint import weights_digest
 from gere.errors import CacheMissingError, ConfigError, UnsupportedModelError
+from gere.ranks import ALONE
 
 C = 0.7
 
@@ -125,7 +128,7 @@ def test_lora_fades_as_its_product_and_modules_to_save_go_back(make_trainer, arg
 
 def test_an_adapter_without_a_base_is_refused(make_trainer):
     model = get_peft_model(load_tiny(), IA3Config(task_type="CAUSAL_LM"))
-    with pytest.raises(UnsupportedModelError, match="base_decay does not know the base"):
+    with pytest.raises(UnsupportedModelError, match="The base of a weight that is trained is not known"):
         make_trainer(model=model, config={"base_decay": C, "replay_strategy": "none"}).train()
 
 
@@ -238,3 +241,132 @@ def test_it_is_no_setting_of_the_anchor(make_trainer):
     two.train()
     assert one.replay.anchor.key == two.replay.anchor.key
     assert isinstance(two, GeReTrainer)
+
+
+# The line, after training
+
+
+def lora(model):
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def test_share_1_is_the_tuned_model_and_share_0_the_base_bit_for_bit(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.train()
+    base, end = weights(load_tiny()), weights(trainer.model)
+    trained = TrainedWeights(trainer.model, lambda: find_base(trainer.model, tmp_path, base_digest(), ALONE))
+    copies = trained.copies()
+    for share, expected in ((0.0, base), (1.0, end), (0.25, None)):
+        go_to(trained, copies, share)
+        for name, tensor in weights(trainer.model).items():
+            if expected is not None:
+                assert torch.equal(tensor, expected[name])
+            else:
+                by_hand = base[name].double() + 0.25 * (end[name].double() - base[name].double())
+                torch.testing.assert_close(tensor.double(), by_hand, atol=1e-7, rtol=1e-6)
+
+
+def base_digest():
+    return weights_digest(load_tiny())
+
+
+def test_the_line_of_lora_is_that_of_the_merged_weights(make_trainer):
+    trainer = make_trainer(model=lora(load_tiny()), args=None)
+    trainer.train()
+    model, base = trainer.model, weights(load_tiny())
+    merged = weights(copy.deepcopy(model).merge_and_unload())
+    trained = TrainedWeights(model, lambda: pytest.fail("LoRA has its base in itself"))
+    go_to(trained, trained.copies(), 0.3)
+    for name, tensor in weights(model.merge_and_unload()).items():
+        torch.testing.assert_close(tensor, base[name] + 0.3 * (merged[name] - base[name]), atol=1e-6, rtol=1e-5)
+
+
+HOT = {"max_steps": 12, "learning_rate": 2e-2}
+
+
+def final(trainer, name):
+    return [log[name] for log in trainer.state.log_history if name in log][-1]
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, tokenizer):
+    """The tiny model after some training on general texts, so that it has something to forget."""
+    texts = [row["text"] for row in read_jsonl(DATA / "general.jsonl", 240)]
+    model, folder = load_tiny(), tmp_path_factory.mktemp("taught")
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for start in [*range(0, 240, 16)] * 3:
+        batch = tokenizer(texts[start : start + 16], padding=True, truncation=True, max_length=48, return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder, texts
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_budget_is_kept_and_moves_no_farther_than_needed(make_trainer, arguments, adapted, tmp_path, taught):
+    folder, texts = taught
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    trainer = make_trainer(
+        model=lora(model) if adapted else model,
+        args=arguments(**HOT),
+        replay=1,
+        config={"replay_strategy": "ce", "replay_dataset": texts, "replay_heldout": 24, "forgetting_budget": 0.1},
+    )
+    trainer.train()
+    tuned, moved = [log for log in trainer.state.log_history if "general/change" in log]
+    assert tuned["general/change"] > 0.2, "it would forget"
+    assert moved["general/change"] + moved["general/change_interval"] <= 0.1
+    share = final(trainer, "gere/share")
+    assert 0 < share < 1 and f"moved back to {share:.2f} of the way" in trainer.replay.summary()
+    # A hundredth farther is too far.
+    line = TrainedWeights(
+        trainer.model,
+        lambda: find_base(trainer.model, tmp_path / "gere_saving", trainer.replay.anchor.fields["weights"], ALONE),
+    )
+    here = line.copies()
+    go_to(line, here, 1 + 0.02 / share)
+    farther = trainer.evaluate(trainer.train_dataset[:4])
+    assert farther["eval_general/change"] + farther["eval_general/change_interval"] > 0.1
+    kind = "adapter_model" if adapted else "model"
+    assert (tmp_path / "out" / "tuned" / f"{kind}.safetensors").is_file(), "the tuned end is kept"
+
+
+def test_a_budget_that_is_wide_leaves_the_tuned_model(make_trainer, arguments):
+    plain, budget = (
+        make_trainer(args=arguments(), config={"replay_heldout": 2, "forgetting_budget": limit})
+        for limit in (None, 1e3)
+    )
+    plain.train()
+    budget.train()
+    assert final(budget, "gere/share") == 1.0
+    theirs = weights(plain.model)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(budget.model).items())
+
+
+def test_the_best_point_has_the_least_evaluation_loss(make_trainer, arguments, task):
+    trainer = make_trainer(
+        args=arguments(**{**HOT, "learning_rate": 5e-2}),
+        eval_dataset=task[:8],
+        config={"replay_strategy": "none", "blend": "best"},
+    )
+    trainer.train()
+    share = final(trainer, "gere/share")
+    best = trainer.evaluate()["eval_loss"]
+    tuned = AutoModelForCausalLM.from_pretrained(f"{trainer.args.output_dir}/tuned", dtype=torch.float32)
+    ends = [
+        make_trainer(Trainer, model=end, eval_dataset=task[:8]).evaluate()["eval_loss"] for end in (tuned, load_tiny())
+    ]
+    assert best < min(ends) or share in (0.0, 1.0)
+    assert best <= min(ends)
+
+
+def test_a_choice_that_nothing_decides_is_refused(make_trainer):
+    with pytest.raises(ConfigError, match="an eval_dataset of the trainer"):
+        make_trainer(config={"blend": "best"}).train()
+    with pytest.raises(ConfigError, match="held-out texts"):
+        make_trainer(config={"forgetting_budget": 0.05, "replay_strategy": "none"}).train()
+    for wrong in ({"forgetting_budget": -1.0}, {"forgetting_budget": math.nan}, {"blend": "worst"}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            GeReConfig(**wrong)

@@ -8,6 +8,31 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
+class LineCallback(TrainerCallback):
+    """Calls the trainer back at the two events of base decay.
+
+    Args:
+        begin: Called before the first step, when the anchor is there.
+        end_step: Called after each optimizer step, on every rank, with the number of steps.
+    """
+
+    def __init__(self, begin: Callable[[], None], end_step: Callable[[int], None]) -> None:
+        self._begin = begin
+        self._end_step = end_step
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the base weights."""
+        self._begin()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Pull the weights back."""
+        self._end_step(state.global_step)
+
+
 class ReplayCallback(TrainerCallback):
     """Calls the trainer back at four events.
 

@@ -53,19 +53,23 @@ def refuse_settings(trainer: Any) -> None:
             raise UnsupportedSettingError(what, where=where, expected=expected, found=found, fix=fix)
 
 
+def is_spread(trainer: Any, model: nn.Module) -> bool:
+    """Return whether a process holds only a part of the weights, or a copy of them that others overwrite."""
+    return is_sharded(model) or not policy.is_whole(policy.kind_of(trainer))
+
+
 def refuse_sharded_decay(trainer: Any, model: nn.Module) -> None:
     """Refuse base decay where a process holds only a part of the weights, or a copy of them that others overwrite.
 
     Raises:
         UnsupportedSettingError: Naming the way in which they are spread.
     """
-    kind = policy.kind_of(trainer)
-    if is_sharded(model) or not policy.is_whole(kind):
+    if is_spread(trainer, model):
         raise UnsupportedSettingError(
             "Base decay needs the whole weights on each process.",
             where="gere_config.base_decay",
             expected="one process, or DDP",
-            found=kind,
+            found=policy.kind_of(trainer),
             fix="Use DDP, or leave base_decay out.",
         )
 

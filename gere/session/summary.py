@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from gere.cache import Anchor
 from gere.evaluation.general import CHANGE, INTERVAL, LOSS
+from gere.session.line import NOT_MOVED, SHARE
 from gere.session.plan import ReplayPlan, ReplaySettings
 from gere.session.session import ReplaySession
 
@@ -65,8 +66,12 @@ class ReplayFacts(NamedTuple):
 
     def summary(self) -> str:
         """Say what the task gained and what was forgotten, as the end of a training does."""
-        parts = [_task_sentence(self.history), _general_sentence(self.history, self.heldout or 0, self.advice)]
-        return "\n".join([" ".join(filter(None, parts)), *_abilities(self.history)])
+        sentences = [
+            _task_sentence(self.history),
+            _share_sentence(self.history),
+            _general_sentence(self.history, self.heldout or 0, self.advice),
+        ]
+        return "\n".join([" ".join(filter(None, sentences)), *_abilities(self.history)])
 
 
 def facts_of(
@@ -151,6 +156,16 @@ def _task_sentence(history: Sequence[Log]) -> str:
     # The first value of the log is a mean over `logging_steps` steps, in which much is learned.
     first = _ends(history, "gere/first_task_loss") or ends
     return f"Task loss {first[0]:.3f} in the first step, {ends[1]:.3f} at the end."
+
+
+def _share_sentence(history: Sequence[Log]) -> str:
+    if any(NOT_MOVED in log for log in history):
+        command = "gere blend OUTPUT_DIR --base BASE --texts FILE --budget NUMBER --out FOLDER"
+        return f"The weights were not moved back, since no process has all of them. This can: `{command}`."
+    shares = _ends(history, SHARE)
+    if shares is None:
+        return ""
+    return f"The weights were moved back to {shares[1]:.2f} of the way from the base model."
 
 
 def _general_sentence(history: Sequence[Log], texts: int, advice: str) -> str:

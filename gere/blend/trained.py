@@ -1,0 +1,126 @@
+"""The trained weights of a model, and the base tensor of each: the two ends of the line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gere.blend.base import BaseWeights
+from gere.cache.fingerprint import base_tensors
+from gere.errors import UnsupportedModelError
+from gere.model.adapters import base_module
+
+LORA_A = {"lora_A", "lora_embedding_A"}
+LORA_B = {"lora_B", "lora_embedding_B"}
+
+
+class TrainedWeight(NamedTuple):
+    """A weight that is trained, and where its base is.
+
+    Attributes:
+        tensor: The weight.
+        on_disk: Name of its base tensor on disk; empty if it is not there.
+        kept: Base tensor in the model itself, as PEFT keeps it beside a module that is trained whole. Without one, and
+            without a name, the base is 0: that of B of LoRA.
+    """
+
+    tensor: Tensor
+    on_disk: str = ""
+    kept: Tensor | None = None
+
+
+class TrainedWeights:
+    """The trained weights of a model with their base tensors.
+
+    Of LoRA, B alone has a base: the product with A then moves as the weights of full training do, and A, whose start
+    is random, need not go anywhere.
+
+    Args:
+        model: The model without its distributed wrapper.
+        find: Finds the base weights on disk; called if weights are trained that have their base there.
+
+    Raises:
+        UnsupportedModelError: If weights are trained that have no base, such as those of an adapter that is not LoRA.
+        CacheMissingError: If the base weights are nowhere.
+    """
+
+    def __init__(self, model: nn.Module, find: Callable[[], BaseWeights]) -> None:
+        self._weights = list(_trained(model))
+        self._on_disk = BaseWeights({})
+        if any(weight.on_disk for weight in self._weights):
+            self._on_disk = find()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield each weight with its base tensor, read one at a time; `None` stands for zeros."""
+        for weight in self._weights:
+            yield weight.tensor, self._on_disk.read(weight.on_disk) if weight.on_disk else weight.kept
+
+    def copies(self) -> list[Tensor]:
+        """Return copies of the weights as they are, in main memory."""
+        return [weight.tensor.detach().cpu().clone() for weight in self._weights]
+
+
+def _trained(model: nn.Module) -> Iterator[TrainedWeight]:
+    names = {id(tensor): name for name, tensor in base_tensors(model).items()}
+    causal = base_module(model)
+    for full_name, tensor in causal.named_parameters():
+        parts = full_name.split(".")
+        if not tensor.requires_grad or LORA_A & set(parts):
+            continue
+        if id(tensor) in names:
+            yield TrainedWeight(tensor, names[id(tensor)])
+        elif LORA_B & set(parts):
+            yield TrainedWeight(tensor)
+        elif "modules_to_save" in parts:
+            place = parts.index("modules_to_save")
+            original = ".".join([*parts[:place], "original_module", *parts[place + 2 :]])
+            yield TrainedWeight(tensor, kept=causal.get_parameter(original))
+        else:
+            raise UnsupportedModelError(
+                "The base of a weight that is trained is not known, so that it cannot go back to it.",
+                where=full_name,
+                expected="weights of the model, LoRA, or modules_to_save",
+                found="another kind of adapter",
+                fix="Train with LoRA or in full, or leave base_decay, forgetting_budget and blend out.",
+            )
+
+
+def between(base: Tensor | None, weight: Tensor, share: float) -> Tensor:
+    """Compute base + share (weight - base) in float32.
+
+    Args:
+        base: Base tensor; `None` for zeros.
+        weight: The other end, of the same shape.
+        share: 0 for the base, 1 for the weight.
+    """
+    if base is None:
+        return share * weight.float()
+    # The base first takes the precision of the weight: an untouched weight must not move.
+    start = base.to(weight).float()
+    return start + share * (weight.float() - start)
+
+
+def with_base(weight: Tensor, base: Tensor | None) -> Tensor:
+    """Return the part of a weight that has a base: rows that were added to an embedding later have none, and stay."""
+    if base is None or not weight.ndim:
+        return weight
+    return weight[: len(base)]
+
+
+@torch.no_grad()
+def go_to(trained: TrainedWeights, tuned: list[Tensor], share: float) -> None:
+    """Set the trained weights to a point of the line between their base and copies of their tuned end.
+
+    Args:
+        trained: The trained weights.
+        tuned: The tuned end, as `TrainedWeights.copies` gave it.
+        share: 0 for the base, 1 for the tuned end, bit for bit.
+    """
+    for (weight, base), end in zip(trained, tuned, strict=True):
+        there = end.to(weight.device)
+        if share != 1:
+            there = between(base, with_base(there, base), share)
+        with_base(weight, base).copy_(there)

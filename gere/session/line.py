@@ -1,0 +1,110 @@
+"""After training: the point on the line between base and tuned weights that fits the budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gere.blend import BaseDecay, TrainedWeights, go_to, grid, largest_within
+from gere.config import GeReConfig
+from gere.errors import ConfigError
+from gere.evaluation.general import GeneralChange
+
+SHARES = grid(11)
+SHARE, NOT_MOVED = "gere/share", "gere/not_moved"
+
+
+class Line(NamedTuple):
+    """What one training holds of the line.
+
+    Attributes:
+        trained: The trained weights and their base.
+        decay: Pulls towards the base while training goes on.
+    """
+
+    trained: TrainedWeights
+    decay: BaseDecay
+
+
+def chooses(config: GeReConfig) -> bool:
+    """Return whether a point of the line is chosen after training."""
+    return config.forgetting_budget is not None or config.blend is not None
+
+
+def require_measures(config: GeReConfig, *, heldout: bool, evaluation: bool) -> None:
+    """Refuse a choice that nothing decides.
+
+    Args:
+        config: The settings.
+        heldout: Whether there are held-out texts.
+        evaluation: Whether there is an `eval_dataset`.
+
+    Raises:
+        ConfigError: If a budget has no held-out texts, or the best point no evaluation.
+    """
+    problems = (
+        (config.forgetting_budget is not None and not heldout, "forgetting_budget", "held-out texts",
+         "Give 10 texts or more to replay, or heldout_dataset; it does not work with replay_strategy \"none\"."),
+        (config.blend is not None and not evaluation, "blend", "an eval_dataset of the trainer",
+         "Pass eval_dataset, or set forgetting_budget alone."),
+    )  # fmt: skip
+    for wrong, name, expected, fix in problems:
+        if wrong:
+            raise ConfigError(
+                "A point of the line between base and tuned weights is to be chosen, and nothing decides it.",
+                where=f"gere_config.{name}",
+                expected=expected,
+                found="none",
+                fix=fix,
+            )
+
+
+def move_back(
+    trained: TrainedWeights,
+    budget: float | None,
+    measure: Callable[[], GeneralChange],
+    evaluate: Callable[[], float] | None,
+) -> float:
+    """Move the weights back towards their base, as little as is needed.
+
+    Args:
+        trained: The trained weights, at their tuned end.
+        budget: Largest general change, with its interval; `None` for any.
+        measure: Measures the general change of the weights as they are.
+        evaluate: Gives the evaluation loss of the weights as they are. Of the points within the budget, the one with
+            the least is taken. `None` takes the farthest.
+
+    Returns:
+        The share a of base + a (tuned - base) that the weights are at now.
+    """
+    tuned = trained.copies()
+
+    def at(share: float) -> GeneralChange:
+        go_to(trained, tuned, share)
+        return measure()
+
+    share = 1.0
+    if budget is not None:
+        share, _ = largest_within(at, budget, SHARES)
+    if evaluate is not None:
+        losses = {}
+        for place in [share, *(other for other in SHARES if other < share)]:
+            go_to(trained, tuned, place)
+            losses[place] = evaluate()
+        finite = {place: loss for place, loss in losses.items() if math.isfinite(loss)}
+        share = min(finite, key=finite.__getitem__, default=share)
+    go_to(trained, tuned, share)
+    return share
+
+
+def evaluation_loss(trainer: Any) -> float:
+    """Evaluation loss of a trainer's model as it is: the mean over its evaluation sets; nothing is logged."""
+    sets = trainer.eval_dataset
+    named = sets.values() if isinstance(sets, dict) else [sets]
+    losses = []
+    for dataset in named:
+        loader = trainer.get_eval_dataloader(dataset)
+        metrics = trainer.evaluation_loop(loader, "Line", prediction_loss_only=True).metrics
+        losses.append(metrics.get("eval_loss", math.nan))
+    return sum(losses) / len(losses)

@@ -132,11 +132,11 @@ class GeReConfig:
     forgetting_budget: float | None = _setting(
         None,
         "Most that may be forgotten, in nats of general loss. After training, the weights move back along the line to "
-        "the base weights, as little as is needed, until the 95 % interval of the change on the held-out texts is "
+        "the base weights, as little as is needed, until the change on the held-out texts, with its interval, is "
         "within it. With an eval_dataset, the point within it that has the least evaluation loss is taken.",
         example=0.05,
     )
-    blend: str | None = _setting(
+    blend: Literal["best"] | None = _setting(
         None,
         '"best" moves the weights back after training to the point of the line with the least evaluation loss, with '
         "or without a budget.",
@@ -303,6 +303,8 @@ def _with_every_setting(cls: type) -> Any:
         kind = _TYPES[name]
         if choices := setting.metadata["choices"]:
             kind = Literal.__getitem__(choices)  # `Literal[choices]`, which mypy refuses
+            if setting.default is None:
+                kind = kind | None
         # `HfArgumentParser` hands the metadata on to argparse, which knows no other key of ours.
         field = dataclasses.field(default=setting.default, metadata={"help": setting.metadata["help"]})
         fields.append((argument_name(name), kind, field))

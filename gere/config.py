@@ -15,7 +15,7 @@ import math
 import numbers
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Optional, get_args, get_type_hints
 
 from gere.errors import ConfigError
 
@@ -304,7 +304,7 @@ def _with_every_setting(cls: type) -> Any:
         if choices := setting.metadata["choices"]:
             kind = Literal.__getitem__(choices)  # `Literal[choices]`, which mypy refuses
             if setting.default is None:
-                kind = kind | None
+                kind = Optional[kind]  # noqa: UP045 (mypy does not know the type)
         # `HfArgumentParser` hands the metadata on to argparse, which knows no other key of ours.
         field = dataclasses.field(default=setting.default, metadata={"help": setting.metadata["help"]})
         fields.append((argument_name(name), kind, field))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gere.blend.choice import Point
-from gere.blend.pairs import Line, names_elsewhere
+from gere.blend.match import names_elsewhere
+from gere.blend.pairs import Line
 from gere.errors import BlendError
 from gere.evaluation.examples import Example, example_losses
 from gere.evaluation.general import change_of, text_losses

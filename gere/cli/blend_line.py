@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,13 @@ import torch
 from gere.blend.choice import Point, choose, grid, largest_within
 from gere.blend.files import Stored, base_name, read_base, read_tuned
 from gere.blend.folder import require_new, write_blend
+from gere.blend.match import find_line
 from gere.blend.measure import Measured, Walk, require_finite
-from gere.blend.pairs import EMBEDDINGS, Line, find_line
+from gere.blend.pairs import Line
+from gere.cli.blend_plot import draw, figure_class
 from gere.cli.loading import load_model, load_tokenizer
 from gere.config import require
-from gere.errors import ConfigError, GeReError, MissingPackageError
+from gere.errors import GeReError, MissingPackageError
 from gere.evaluation.examples import read_examples
 from gere.evaluation.general import GeneralChange
 from gere.replay.texts import Source, read_texts
@@ -32,7 +33,7 @@ def blend(options: argparse.Namespace) -> int:
         # Before the line is measured, which takes long.
         require_new(options.out, [tuned.name, *([base] if base else [])], force=options.force)
     if options.plot is not None:
-        _pyplot()
+        figure_class()
     line = find_line(tuned, lambda: _find_base(tuned, options))
     _say(*line.notes)
     walk = _walk(line, base, options)
@@ -94,9 +95,8 @@ def _load(line: Line, base: str | None, dtype: str, device: torch.device) -> Any
             fix='pip install "gere[peft]"',
         ) from error
     model = load_model(str(base), dtype, device, option="--base")
-    rows = [shape[0] for name, shape in line.tuned.shapes.items() if {*EMBEDDINGS} & {*name.split(".")[-3:]}]
-    if rows and line.notes:
-        model.resize_token_embeddings(max(rows), mean_resizing=False)
+    if line.grown:
+        model.resize_token_embeddings(max(line.grown.values()), mean_resizing=False)
     return PeftModel.from_pretrained(model, line.tuned.name)
 
 
@@ -136,7 +136,8 @@ def _measure(walk: Walk, options: argparse.Namespace) -> Point:
     elif options.budget is not None:
         point = walk.at(largest_within(general, options.budget, shares)[0])
     if options.plot is not None:
-        _draw(sorted(points), point.share if options.out else None, options.plot)
+        draw(sorted(points), point.share if options.out else None, options.plot)
+        _say(f"wrote {options.plot}")
     if options.out is not None:
         require_finite(point)
         _say(_answer(point, options))
@@ -189,52 +190,6 @@ def _about(point: Point, base: str | None, options: argparse.Namespace) -> dict[
     if point.task_loss is not None:
         about["task_loss"] = point.task_loss
     return about
-
-
-def _draw(points: Sequence[Point], chosen: float | None, path: Path) -> None:
-    """Draw losses over shares."""
-    shares = [point.share for point in points]
-    curves: list[tuple[str, list[float], list[float] | None]] = []
-    if points[0].general is not None:
-        changes = [point.general for point in points if point.general is not None]
-        curves.append(("general change (nats)", [one.change for one in changes], [one.interval for one in changes]))
-    if points[0].task_loss is not None:
-        losses = [point.task_loss for point in points if point.task_loss is not None]
-        curves.append(("task loss (nats)", losses, None))
-    figure = _pyplot()(figsize=(5.6, 2.8 * len(curves)), layout="constrained")
-    for axes, (label, values, bars) in zip(figure.subplots(len(curves), squeeze=False)[:, 0], curves, strict=True):
-        axes.errorbar(shares, values, bars, marker="o", markersize=4, capsize=3)
-        axes.set(xlabel="share of the way from base (0) to tuned (1)", ylabel=label)
-        axes.grid(axis="y", alpha=0.3)
-        if chosen is not None:
-            axes.axvline(chosen, linestyle=":", color="black")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except OSError as error:
-        raise ConfigError(
-            "The plot cannot be written.",
-            where=path,
-            expected="a path that this process may write to",
-            found=f"{type(error).__name__}: {error.strerror or error}",
-            fix="Give another --plot.",
-        ) from error
-    _say(f"wrote {path}")
-
-
-def _pyplot() -> Any:
-    """Import what draws a figure, without a window."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError(
-            "The line is to be drawn, and the package for it cannot be imported.",
-            where="--plot",
-            expected="package matplotlib, 3.8 or later",
-            found=error,
-            fix='pip install "gere[report]"',
-        ) from error
-    return Figure
 
 
 def _say(*lines: str) -> None:

@@ -20,7 +20,7 @@ from gere.errors import BlendError
 
 BLEND_FILE = "gere_blend.json"
 # Of a training, not of a model; and weights in other files, which have not moved.
-LEFT_OUT = ("trainer_state.json", "latest", "zero_to_fp32.py", BLEND_FILE)
+LEFT_OUT = ("trainer_state.json", "gere_weight.json", "latest", "zero_to_fp32.py", BLEND_FILE)
 LEFT_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 LEFT_INDEXES = (".bin.index.json",)
 LEFT_FOLDERS = ("checkpoint-", "global_step", "runs", "anchor-", ".")
@@ -98,8 +98,8 @@ def _others(folder: Path) -> Iterator[Path]:
     """Yield the files of a tuned folder that are copied as they are."""
     for path in sorted(folder.iterdir()):
         if path.is_dir():
-            # A folder with a model of its own holds weights that do not move along.
-            own = any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
+            # A folder with a model of its own holds weights that do not move along; one with anchors is a cache.
+            own = any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)) or any(path.glob("anchor-*"))
             if not path.name.startswith(LEFT_FOLDERS) and not own:
                 yield from _others(path)
         elif path.name not in LEFT_OUT and path.suffix not in LEFT_SUFFIXES and not path.name.endswith(LEFT_INDEXES):

@@ -100,7 +100,8 @@ def between(tuned: Tensor, base: Tensor | None, share: float) -> Tensor:
     if share == 0:
         rows.copy_(start)
     else:
-        rows.copy_(start + share * (rows.to(wide) - start))
+        # In place: embeddings are large.
+        rows.copy_((rows.to(wide) - start).mul_(share).add_(start))
     return point
 
 

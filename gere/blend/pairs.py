@@ -97,7 +97,7 @@ def between(tuned: Tensor, base: Tensor | None, share: float) -> Tensor:
     start = torch.zeros_like(tuned, dtype=wide) if base is None else base.to(wide)
     point = tuned.clone()
     rows = point[: len(start)] if point.ndim else point
-    if share == 0:
+    if share == 0:  # the sum below would lose the sign of -0.0
         rows.copy_(start)
     else:
         # In place: embeddings are large.

@@ -76,6 +76,10 @@ class MissingPackageError(GeReError, ImportError):
     """An optional package is needed that is not installed."""
 
 
+class BlendError(GeReError, ValueError):
+    """There is no line between two sets of weights, or a point of it cannot be measured or written."""
+
+
 class CacheError(GeReError):
     """Base of all errors about an anchor on disk."""
 

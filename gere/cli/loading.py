@@ -11,12 +11,12 @@ from gere.errors import ConfigError, TokenizerError
 from gere.model.adapters import refuse_unanchorable
 
 
-def load_model(name: str, dtype: str | None, device: torch.device) -> Any:
+def load_model(name: str, dtype: str | None, device: torch.device, option: str = "--model") -> Any:
     """Load a causal language model that can be anchored, and move it as the trainer does.
 
-    `dtype` is the precision of the weights; `None` takes what `from_pretrained` gives.
+    `dtype` is the precision of the weights; `None` takes what `from_pretrained` gives. An error names `option`.
     """
-    model = _load(AutoModelForCausalLM, "model", name, dtype=dtype)
+    model = _load(AutoModelForCausalLM, "model", option, name, dtype=dtype)
     refuse_unanchorable(model)
     # `from_pretrained` has put a quantized model on its device, and `Trainer` does not move it either.
     if getattr(model, "is_quantized", False):
@@ -24,9 +24,9 @@ def load_model(name: str, dtype: str | None, device: torch.device) -> Any:
     return model.to(device)
 
 
-def load_tokenizer(name: str, pad_token: str | None = None) -> Any:
+def load_tokenizer(name: str, pad_token: str | None = None, option: str = "--tokenizer") -> Any:
     """Load a tokenizer, and set its padding token if one is given."""
-    tokenizer = _load(AutoTokenizer, "tokenizer", name)
+    tokenizer = _load(AutoTokenizer, "tokenizer", option, name)
     if pad_token is None:
         return tokenizer
     if pad_token not in tokenizer.get_vocab():
@@ -41,13 +41,13 @@ def load_tokenizer(name: str, pad_token: str | None = None) -> Any:
     return tokenizer
 
 
-def _load(cls: Any, what: str, name: str, **settings: Any) -> Any:
+def _load(cls: Any, what: str, option: str, name: str, **settings: Any) -> Any:
     try:
         return cls.from_pretrained(name, **settings)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"The {what} cannot be loaded.",
-            where=f"--{what}",
+            where=option,
             expected="a folder or hub name for from_pretrained",
             found=f"{name!r}: {type(error).__name__}: {error}",
             fix="Correct the name; without a network, give the folder.",

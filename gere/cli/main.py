@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from gere.cli.blend import add_blend
 from gere.cli.cache import add_cache
 from gere.cli.replay import add_replay
 from gere.cli.report import add_report
@@ -15,10 +16,10 @@ from gere.errors import GeReError
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of all commands."""
-    text = "Replay files, anchors and reports for training with gere."
+    text = "Replay files, anchors, reports and blends for training with gere."
     parser = argparse.ArgumentParser(prog="gere", description=text)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_cache, add_replay, add_sequence, add_report):
+    for add in (add_cache, add_replay, add_sequence, add_report, add_blend):
         add(commands)
     return parser
 

@@ -168,13 +168,14 @@ def _row(tokenizer: Any, context: Sequence[int], ids: Sequence[int], max_length:
         start += 1
     if start == 0:
         # The model predicts a token from the one before it, so the option needs one.
-        ids, start = [_first_token(tokenizer), *ids], 1
+        ids, start = [first_token(tokenizer), *ids], 1
     cut = max(0, len(ids) - max_length)
     # One token stays on each side of the border, however long the option is, and if it has no token of its own.
     return Row(ids[cut:], min(max(1, start - cut), len(ids) - cut - 1))
 
 
-def _first_token(tokenizer: Any) -> int:
+def first_token(tokenizer: Any) -> int:
+    """Return the token that may stand before a text: BOS, else EOS."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)

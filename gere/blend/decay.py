@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gere.blend.schedule import pulls
-from gere.blend.trained import TrainedWeights, between, with_base
+from gere.blend.trained import TrainedWeights
 
 
 class BaseDecay:
@@ -44,12 +44,20 @@ def pull(weight: Tensor, base: Tensor | None, part: float, generator: torch.Gene
 
     Args:
         weight: The weight, of any shape.
-        base: Where it goes, with as many rows or fewer; `None` for zeros.
+        base: Where it goes, with as many rows or fewer: rows that were added to an embedding later have no base, and
+            stay. `None` for zeros.
         part: d.
         generator: Rounds weights of bfloat16.
     """
-    moving = with_base(weight, base)
-    new = between(base, moving, 1 - part)
+    moving = weight
+    if base is not None and weight.ndim:
+        moving = weight[: len(base)]
+    new = moving.float()
+    if base is None:
+        new = new * (1 - part)
+    else:
+        # The base first takes the precision of the weight: an untouched weight must not move.
+        new = new + part * (base.to(weight).float() - new)
     moving.copy_(rounded(new, generator) if weight.dtype == torch.bfloat16 else new)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 
-from gere.blend.decay import LORA_A, LORA_B
 from gere.blend.files import Stored
 from gere.blend.pairs import Line, Pair
+from gere.blend.trained import LORA_A, LORA_B
 from gere.cache.fingerprint import ADAPTER_WRAPPERS
 from gere.errors import BlendError
 

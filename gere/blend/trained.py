@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gere.blend.base import BaseWeights
+from gere.blend.pairs import between
 from gere.cache.fingerprint import base_tensors
 from gere.errors import UnsupportedModelError
 from gere.model.adapters import base_module
@@ -88,28 +89,6 @@ def _trained(model: nn.Module) -> Iterator[TrainedWeight]:
             )
 
 
-def between(base: Tensor | None, weight: Tensor, share: float) -> Tensor:
-    """Compute base + share (weight - base) in float32.
-
-    Args:
-        base: Base tensor; `None` for zeros.
-        weight: The other end, of the same shape.
-        share: 0 for the base, 1 for the weight.
-    """
-    if base is None:
-        return share * weight.float()
-    # The base first takes the precision of the weight: an untouched weight must not move.
-    start = base.to(weight).float()
-    return start + share * (weight.float() - start)
-
-
-def with_base(weight: Tensor, base: Tensor | None) -> Tensor:
-    """Return the part of a weight that has a base: rows that were added to an embedding later have none, and stay."""
-    if base is None or not weight.ndim:
-        return weight
-    return weight[: len(base)]
-
-
 @torch.no_grad()
 def go_to(trained: TrainedWeights, tuned: list[Tensor], share: float) -> None:
     """Set the trained weights to a point of the line between their base and copies of their tuned end.
@@ -120,7 +99,6 @@ def go_to(trained: TrainedWeights, tuned: list[Tensor], share: float) -> None:
         share: 0 for the base, 1 for the tuned end, bit for bit.
     """
     for (weight, base), end in zip(trained, tuned, strict=True):
-        there = end.to(weight.device)
-        if share != 1:
-            there = between(base, with_base(there, base), share)
-        with_base(weight, base).copy_(there)
+        # The base first takes the precision of the weight: an untouched weight must not move.
+        start = base.to(end.device, end.dtype) if base is not None else None
+        weight.copy_(between(end, start, share))

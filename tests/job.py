@@ -212,7 +212,11 @@ def main() -> None:
         "hashes": anchor and json.loads((anchor.folder / "manifest.json").read_text())["files"],
         "folder": anchor and str(anchor.folder),
         "distilled": distilled[0],
-        "ability": [log for log in trainer.state.log_history if "general/loss" in log],
+        "ability": [
+            {key: value for key, value in log.items() if key != "gere/summary"}
+            for log in trainer.state.log_history
+            if "general/loss" in log
+        ],
         "kind": trainer.accelerator.distributed_type.value,
     }
     (root / f"result-{rank}.json").write_text(json.dumps(result))

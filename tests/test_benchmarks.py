@@ -143,3 +143,18 @@ def test_the_start_is_measured():
     assert done.returncode == 0, done.stderr
     for line in ("| `import gere` |", "| open and verify beyond hashing, CPU s |", "| batch of 4 replay rows, ms |"):
         assert line in done.stdout
+
+
+@pytest.mark.slow
+def test_lines_of_ways_with_and_without_base_decay(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.line", "--steps", "2", "--heldout", "8", "--dev-rows", "5"]
+    command += ["--ways", "plain", "mixed", "ce", "--decays", "0", "1", "--out", str(tmp_path)]
+    for _ in range(2):  # the second finds all runs
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        runs = [json.loads(line) for line in (tmp_path / "line.jsonl").read_text().splitlines()]
+        assert len(runs) == 6 and (tmp_path / "line.md").read_text() in done.stdout
+    for plain, mixed, ce in (runs[:3], runs[3:]):
+        assert plain["decay"] == mixed["decay"] == ce["decay"]
+        # At share 1 the trained model, towards 0 the base.
+        losses = [point["task_loss"] for point in plain["line"]]
+        assert losses == sorted(losses)

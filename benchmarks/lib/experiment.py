@@ -106,7 +106,7 @@ class Bench:
     def run(self, setting: Setting) -> Row:
         """Train one point and score it."""
         set_seed(setting.seed)
-        model: Any = _with_lora(self.load()) if setting.regime == "lora" else self.load()
+        model: Any = with_lora(self.load()) if setting.regime == "lora" else self.load()
         with tempfile.TemporaryDirectory() as out:
             trainer = self._trainer(model, setting, out)
             seconds = trainer.train().metrics["train_runtime"]
@@ -123,7 +123,7 @@ class Bench:
     def _trainer(self, model: Any, setting: Setting, out: str) -> Trainer:
         scene = self.scene
         replays = setting.strategy != "none"
-        rows = [self._encode(row) for row in scene.task]
+        rows = [self.encode(row) for row in scene.task]
         share = scene.batch - scene.replay_per_batch if replays else scene.batch
         rows = rows[: share * scene.steps]
         replay = scene.replay[: scene.replay_per_batch * scene.steps]
@@ -171,7 +171,7 @@ class Bench:
         anchor = trainer.replay.anchor if isinstance(trainer, GeReTrainer) else None
         return sum(path.stat().st_size for path in anchor.folder.iterdir()) if anchor else 0
 
-    def _encode(self, row: Row) -> Row:
+    def encode(self, row: Row) -> Row:
         """Only the answer is learned; a long prompt loses its beginning, a long answer its end."""
         longest = self.scene.lengths[0]
         prompt = self.tokenizer(row["input"])["input_ids"]
@@ -190,7 +190,7 @@ class Bench:
         device = next(model.parameters()).device
         right, total, tokens = 0, 0.0, 0
         for start in range(0, len(self.scene.dev), 25):
-            rows = [self._encode(row) for row in self.scene.dev[start : start + 25]]
+            rows = [self.encode(row) for row in self.scene.dev[start : start + 25]]
             batch = DataCollatorForSeq2Seq(self.tokenizer)(rows).to(device)
             labels = batch.pop("labels")[:, 1:]
             logits = model(**batch, use_cache=False).logits[:, :-1].float()
@@ -201,7 +201,8 @@ class Bench:
         return right / tokens, total / tokens
 
 
-def _with_lora(model: PreTrainedModel) -> Any:
+def with_lora(model: PreTrainedModel) -> Any:
+    """Put an adapter on all linear layers."""
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))

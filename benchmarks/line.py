@@ -1,0 +1,202 @@
+"""Train each way with and without base decay, and walk each result back along the line to the base.
+
+    python -m benchmarks.line --model MODEL --task-file task.jsonl --dev-file dev.jsonl --general-file general.jsonl \
+        --ways plain mixed ce tm l2 --decays 0 0.7 1.6 --seeds 0 1 2 --out OUT
+
+`plain` is Trainer, `mixed` is Trainer on the same rows as one data set: what `datasets.interleave_datasets` gives.
+Records are as in `benchmarks.strategies`. Runs that OUT/line.jsonl holds are not done again; the table goes to
+OUT/line.md: at each share of the line the task accuracy, the task loss and the general change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorForSeq2Seq, TrainingArguments, set_seed
+
+from benchmarks.lib import DATA, TINY
+from benchmarks.lib.experiment import Bench, Row, Scene, read_jsonl, with_lora
+from benchmarks.lib.timing import table
+from gere import GeReConfig, GeReTrainer
+from gere.blend import TrainedWeights, find_base, go_to
+from gere.cache.fingerprint import weights_digest
+from gere.ranks import ALONE
+
+SHARES = (1.0, 0.85, 0.7, 0.6, 0.5, 0.3)
+SCORES = ("accuracy", "task_loss", "general_loss")
+# Strategy and weight of each way; the margin is divided as the weight asks for.
+WAYS = {
+    "plain": ("none", "auto"),
+    "mixed": ("none", "auto"),
+    "ce": ("ce", "auto"),
+    "tm": ("tm", "auto"),
+    "tm-1": ("tm", "1"),
+    "l2": ("l2", "auto"),
+    "kl": ("kl", "auto"),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default=str(TINY))
+    add("--task-file", type=Path, default=DATA / "task.jsonl")
+    add("--dev-file", type=Path, default=DATA / "task.jsonl")
+    add("--general-file", type=Path, default=DATA / "general.jsonl")
+    add("--out", type=Path, required=True)
+    add("--ways", nargs="+", default=["plain", "mixed", "ce", "tm"], choices=WAYS)
+    add("--decays", type=float, nargs="+", default=[0.0, 0.7, 1.6])
+    add("--regimes", nargs="+", default=["full"], choices=["full", "lora"])
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--steps", type=int, default=30)
+    add("--batch-size", type=int, default=16)
+    add("--replay-per-batch", type=int, default=4)
+    add("--dev-rows", type=int, default=100)
+    add("--heldout", type=int, default=64, help="general texts that are held out")
+    add("--task-length", type=int, default=40)
+    add("--general-length", type=int, default=64)
+    add("--rates", type=float, nargs=2, default=(5e-4, 4e-3), metavar=("FULL", "LORA"), help="learning rates")
+    return parser.parse_args()
+
+
+class LineBench(Bench):
+    """Trains a way and measures its line."""
+
+    def line(self, way: str, decay: float, regime: str, seed: int) -> list[Row]:
+        """Train, and score the model at each share.
+
+        Args:
+            way: A key of `WAYS`.
+            decay: `gere_config.base_decay`.
+            regime: `"full"` or `"lora"`.
+            seed: Seed of the order of rows and of LoRA.
+        """
+        set_seed(seed)
+        model: Any = self.load()
+        digest = weights_digest(model)
+        if regime == "lora":
+            model = with_lora(model)
+        with tempfile.TemporaryDirectory() as out:
+            self.trainer_of(model, way, decay, regime, seed, out).train()
+        trained = TrainedWeights(model, lambda: find_base(model, self.folder, digest, ALONE))
+        tuned = trained.copies()
+        points = []
+        for share in SHARES:
+            go_to(trained, tuned, share)
+            points.append({"share": share, **self.score(model)})
+        return points
+
+    def trainer_of(self, model: Any, way: str, decay: float, regime: str, seed: int, out: str) -> GeReTrainer:
+        """Make the trainer of a way."""
+        scene, (strategy, weight) = self.scene, WAYS[way]
+        replay = scene.replay[: scene.replay_per_batch * scene.steps]
+        own = scene.batch if way == "plain" else scene.batch - scene.replay_per_batch
+        rows = [*itertools.islice(itertools.cycle(map(self.encode, scene.task)), own * scene.steps)]
+        if way == "mixed":
+            texts = itertools.islice(itertools.cycle(replay), scene.replay_per_batch * scene.steps)
+            rows += map(self._general, texts)
+        args = TrainingArguments(
+            output_dir=out,
+            max_steps=scene.steps,
+            per_device_train_batch_size=scene.batch,
+            learning_rate=scene.rates[regime],
+            lr_scheduler_type="cosine",
+            warmup_steps=min(10, scene.steps // 5),
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            seed=seed,
+            use_cpu=not torch.cuda.is_available(),
+        )
+        return GeReTrainer(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            data_collator=DataCollatorForSeq2Seq(self.tokenizer),
+            processing_class=self.tokenizer,
+            gere_hidden_state_saving_dir=self.folder,
+            num_interpolate_per_batch=scene.replay_per_batch,
+            w_strategy=weight,
+            gere_config=GeReConfig(
+                replay_dataset=replay,
+                replay_heldout=0,  # the scene has texts of its own
+                max_length=scene.lengths[1],
+                replay_strategy=strategy,
+                base_decay=decay,
+            ),
+        )
+
+    def _general(self, text: str) -> Row:
+        ids = self.tokenizer(text)["input_ids"][: self.scene.lengths[1]]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
+
+
+def report(base: Row, runs: Sequence[Row]) -> str:
+    """Markdown: a row for each way, regime and decay, means over seeds."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for run in runs:
+        groups.setdefault((run["regime"], run["way"], run["decay"]), []).append(run)
+    rows = []
+    for (regime, way, decay), group in groups.items():
+        cells = []
+        for place in range(len(SHARES)):
+            points = [run["line"][place] for run in group]
+            accuracy, loss, general = (statistics.mean(point[name] for point in points) for name in SCORES)
+            change = general - base["general_loss"]
+            cells.append(f"{accuracy:.3f} / {loss:.3f} / {change:+.3f}")
+        rows.append((regime, way, f"{decay:g}", str(len(group)), *cells))
+    head = ("regime", "way", "base decay", "seeds", *(f"share {share:g}" for share in SHARES))
+    return (
+        f"Base model: accuracy {base['accuracy']:.3f}, task loss {base['task_loss']:.3f}, general loss "
+        f"{base['general_loss']:.3f}.\nCells: task accuracy / task loss / general change.\n\n{table(head, rows)}\n"
+    )
+
+
+def main() -> None:
+    """Train what is missing, and write the table."""
+    options = parse_arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    texts = [row["text"] for row in read_jsonl(options.general_file)]
+    scene = Scene(
+        model=options.model,
+        task=read_jsonl(options.task_file),
+        dev=read_jsonl(options.dev_file)[: options.dev_rows],
+        replay=texts[: -options.heldout],
+        heldout=texts[-options.heldout :],
+        steps=options.steps,
+        batch=options.batch_size,
+        replay_per_batch=options.replay_per_batch,
+        lengths=(options.task_length, options.general_length),
+        rates=dict(zip(("full", "lora"), options.rates, strict=True)),
+    )
+    bench = LineBench(scene, options.out / "anchors")
+    file, start = options.out / "line.jsonl", options.out / "base.json"
+    if not start.is_file():
+        start.write_text(json.dumps(bench.score(bench.load())))
+    runs = read_jsonl(file) if file.is_file() else []
+    done = {tuple(run[name] for name in ("way", "decay", "regime", "seed")) for run in runs}
+    for seed, regime, decay, way in itertools.product(options.seeds, options.regimes, options.decays, options.ways):
+        if (way, decay, regime, seed) in done:
+            continue
+        line = bench.line(way, decay, regime, seed)
+        runs.append({"way": way, "decay": decay, "regime": regime, "seed": seed, "line": line})
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(runs[-1]) + "\n")
+        sys.stderr.write(f"{regime} {way}, base decay {decay:g}, seed {seed}: {line[0]}\n")
+    text = report(json.loads(start.read_text()), runs)
+    (options.out / "line.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

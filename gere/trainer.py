@@ -20,10 +20,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from gere import _compat
 from gere._log import logger, say
 from gere.blend import BaseDecay, BaseWeights, TrainedWeights, find_base
-from gere.cache.fingerprint import weights_digest
 from gere.config import AUTO, GeReConfig, refuse_unknown_arguments, replay_rows, require
 from gere.evaluation import GeneralAbilityCallback
 from gere.evaluation.callback import AtTheEnd
+from gere.evaluation.general import CHANGE, INTERVAL, LOSS
 from gere.model.adapters import refuse_unanchorable
 from gere.model.sharded import is_sharded
 from gere.replay.batch import MicroBatch, MixedCollator, MixedDataset, RowCounts, unpacked
@@ -31,9 +31,18 @@ from gere.sampler import BatchInsertionSampler, parent_order
 from gere.session import checks, policy
 from gere.session.anchor import ReadyModel, precision_name, strategy_of
 from gere.session.callbacks import LineCallback, ReplayCallback
-from gere.session.checkpoint import loaded_key, read_base, read_key, remember, write_base, write_key, write_weight
+from gere.session.checkpoint import (
+    base_digest,
+    base_of_checkpoint,
+    loaded_key,
+    read_key,
+    remember,
+    write_base,
+    write_key,
+    write_weight,
+)
 from gere.session.heldout import HeldOut
-from gere.session.line import NOT_MOVED, SHARE, Line, chooses, evaluation_loss, move_back, require_measures
+from gere.session.line import NOT_MOVED, SHARE, TrainedLine, chooses, evaluation_loss, move_back, require_measures
 from gere.session.plan import ReplayPlan, make_plan, replay_settings
 from gere.session.session import ReplaySession, begin_session
 from gere.session.step import Steps, added_parts, share_of
@@ -89,11 +98,16 @@ class GeReMixin(_Parent):
         self._gere_steps = Steps(type(self).__name__)
         self._gere_checkpoint: Path | None = None
         self._gere_why_added = ""
-        self._gere_line: Line | None = None
+        self._gere_line: TrainedLine | None = None
+        self._gere_at_the_end = AtTheEnd(self._gere_move_back)
         refuse_unknown_arguments(kwargs, _compat.arguments_of(type(self)))
         super().__init__(*args, **_compat.with_processing_class(super().__init__, kwargs))
         if self._gere.active:
             self._gere_follow_events()
+        if str(self.args.metric_for_best_model).endswith(CHANGE) and self.args.greater_is_better:
+            # Transformers takes every metric that does not end in "loss" for one that is better when it is greater.
+            self.args.greater_is_better = False
+            logger.warning("greater_is_better is set to False, since %s is what was forgotten.", CHANGE)
         if self._gere.config.base_decay or chooses(self._gere.config):
             self.add_callback(LineCallback(self._gere_begin_line, self._gere_pull))
         self.callback_handler.callbacks.insert(0, AtTheEnd(self._gere_finish))
@@ -124,6 +138,11 @@ class GeReMixin(_Parent):
             self._gere_checkpoint = Path(str(checkpoint))
         for callback in self._gere_abilities():
             callback.bind(self)
+        if chooses(self._gere.config):
+            # Before the abilities are measured, which are those of the model that is left.
+            callbacks = self.callback_handler.callbacks
+            callbacks[:] = [callback for callback in callbacks if callback is not self._gere_at_the_end]
+            callbacks.insert(0, self._gere_at_the_end)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @cached_property
@@ -277,9 +296,14 @@ class GeReMixin(_Parent):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the parent does, with the averages of the replay since the last log."""
+        # Evaluations have it with a prefix. A log of its own would take what TRL adds to that of the evaluation.
+        own = {name: logs[f"eval_{name}"] for name in (LOSS, CHANGE, INTERVAL) if f"eval_{name}" in logs}
         if self._gere_session is not None and "loss" in logs:
-            logs = {**logs, **self._gere_session.meters.read(self._gere_join)}
-        super().log(logs, *args, **kwargs)
+            own = self._gere_session.meters.read(self._gere_join)
+        more = {**logs, **own}
+        super().log(more, *args, **kwargs)
+        # TRL adds its metrics to the dict that it is given, which is that of the evaluation.
+        logs.update({name: value for name, value in more.items() if name not in own})
 
     def _gere_join(self, vector: Tensor) -> Tensor:
         """Mean of a vector over the ranks."""
@@ -296,6 +320,7 @@ class GeReMixin(_Parent):
             write_key(folder, session.anchor.key)
             write_weight(folder, session.weight.state_dict())
             return
+        write_base(folder, self.model)
         # Training without replay hands on what its model was given, since it is still tuned from that base.
         key = read_key(self._gere_checkpoint) or loaded_key(self.model)
         if key is not None:
@@ -344,8 +369,12 @@ class GeReMixin(_Parent):
         heldout = self._gere_heldout()
         if heldout is not None and description == "Evaluation":  # `predict()` comes here, too
             change = heldout.measure_once(self.state.global_step) if self.is_in_train else heldout.measure()
-            self.log(change.logs)
-            output.metrics.update({f"eval_{name}": value for name, value in change.logs.items()})
+            logs = {f"eval_{name}": value for name, value in change.logs.items()}
+            # A search sums up whatever stands beside the loss, unless it is told what to look at.
+            if self.hp_search_backend is None:
+                output.metrics.update(logs)
+            else:
+                self.log(logs)
         return output
 
     def _gere_heldout(self) -> HeldOut | None:
@@ -367,7 +396,6 @@ class GeReMixin(_Parent):
             # The weights are not those of the last evaluation if the best checkpoint has been loaded.
             best = self.args.load_best_model_at_end
             self.log((heldout.measure() if best else heldout.measure_once(self.state.global_step)).logs)
-        self._gere_move_back()
         if self._gere_session is None and not chooses(self._gere.config):
             return
         summary = self.replay.summary()
@@ -385,53 +413,60 @@ class GeReMixin(_Parent):
     def _gere_begin_line(self) -> None:
         """Find the base of the trained weights; the anchor is there."""
         config, session = self._gere.config, self._gere_session
-        heldout = session is not None and session.heldout is not None
+        heldout = session is not None and len(session.plan.replay.heldout) > 1
         require_measures(config, heldout=heldout, evaluation=self.eval_dataset is not None)
         inner = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         if config.base_decay:
             checks.refuse_sharded_decay(self, inner)
         elif checks.is_spread(self, inner):
             return  # the answer at the end names the command that can do it
-        ranks, folder = _compat.ranks_of(self), Path(str(self.args.output_dir))
+        ranks = _compat.ranks_of(self)
 
         def find() -> BaseWeights:
             if session is not None:
                 digest = session.anchor.fields["weights"]
             elif self._gere_checkpoint is not None:
-                digest = ranks.ask(lambda: read_base(folder))[0]
+                digest = base_of_checkpoint(self._gere_checkpoint, ranks)
             else:
-                digest = weights_digest(inner, ranks)
-                if self.args.should_save:
-                    write_base(folder, digest)
+                digest = base_digest(inner, ranks)
             return find_base(inner, self._gere.folder, digest, ranks)
 
         trained = TrainedWeights(inner, find)
         decay = BaseDecay(config.base_decay, self.state.max_steps, trained, self.args.seed)
-        self._gere_line = Line(trained, decay)
+        self._gere_line = TrainedLine(trained, decay)
 
     def _gere_pull(self, step: int) -> None:
         if self._gere_line is not None:
             self._gere_line.decay.after(step)
 
-    def _gere_move_back(self) -> None:
-        """Choose a point of the line between base and tuned weights, if that is asked for."""
-        config, session = self._gere.config, self._gere_session
-        if not chooses(config):
-            return
-        if self._gere_line is None:
+    def _gere_move_back(self, *_: Any, **__: Any) -> None:
+        """Choose a point of the line between base and tuned weights, and move the weights there."""
+        config, session, line = self._gere.config, self._gere_session, self._gere_line
+        if line is None:
             self.state.log_history[-1][NOT_MOVED] = 1
             return
-        # What is left of the tuned end, if no checkpoint has it.
-        if self.args.save_strategy == "no":
-            self.save_model(str(Path(str(self.args.output_dir)) / "tuned"))
+        heldout = self._gere_heldout()
+        if heldout is not None:
+            self.log(heldout.measure().logs)  # of the tuned end
+        if not self._gere_has_saved_this_step:
+            self.save_model(str(Path(str(self.args.output_dir)) / "tuned"), _internal_call=True)
         evaluate = None
         if self.eval_dataset is not None:
             evaluate = partial(evaluation_loss, self)
-        heldout = session.heldout if session is not None else None
-        measure = heldout.measure if heldout is not None else None
-        share = move_back(self._gere_line.trained, config.forgetting_budget, measure, evaluate)  # type: ignore[arg-type]
-        logs = {SHARE: share, **(heldout.measure().logs if heldout is not None else {})}
-        self.log(logs)
+        measures = session is not None and session.heldout is not None
+        measure = session.heldout.measure if measures else None  # type: ignore[union-attr]
+        share = move_back(line.trained, config.forgetting_budget, measure, evaluate)  # type: ignore[arg-type]
+        for callback in self._gere_abilities():
+            callback.forget_last()
+        self.log({SHARE: share})
+
+    @property
+    def _gere_has_saved_this_step(self) -> bool:
+        """Whether a checkpoint has the weights as they are."""
+        checkpoint: Any = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            checkpoint = Path(self.state.best_model_checkpoint)
+        return _compat.ranks_of(self).ask(checkpoint.is_dir)[0]
 
     @property
     def _gere_shows_progress(self) -> bool:

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from gere import GeReConfig, GeReTrainer
+from gere import GeneralAbilityCallback, GeReConfig, GeReTrainer
+from gere.ability import Question
 from gere.blend import find_base, pulls
-from gere.blend.decay import pull, rounded
+from gere.blend.decay import rounded
 from gere.blend.trained import TrainedWeights, go_to
 from gere.cache.fingerprint import weights_digest
 from gere.errors import CacheMissingError, ConfigError, UnsupportedModelError
@@ -130,12 +131,6 @@ def test_an_adapter_without_a_base_is_refused(make_trainer):
     model = get_peft_model(load_tiny(), IA3Config(task_type="CAUSAL_LM"))
     with pytest.raises(UnsupportedModelError, match="The base of a weight that is trained is not known"):
         make_trainer(model=model, config={"base_decay": C, "replay_strategy": "none"}).train()
-
-
-def test_new_rows_of_an_embedding_stay():
-    weight, target = torch.full((4, 2), 3.0), torch.full((3, 2), 1.0)
-    pull(weight, target, 0.5, torch.Generator())
-    assert weight[:, 0].tolist() == [2.0, 2.0, 2.0, 3.0]
 
 
 def test_bfloat16_is_rounded_by_chance_and_right_on_average():
@@ -333,6 +328,44 @@ def test_a_budget_is_kept_and_moves_no_farther_than_needed(make_trainer, argumen
     assert (tmp_path / "out" / "tuned" / f"{kind}.safetensors").is_file(), "the tuned end is kept"
 
 
+def test_abilities_and_later_evaluations_are_those_of_the_model_that_is_left(make_trainer, arguments, task, taught):
+    folder, texts = taught
+    seen = {}
+
+    class AtTheEnd(TrainerCallback):
+        def on_train_end(self, args, state, control, **keywords):
+            seen["change"] = trainer.evaluate()["eval_general/change"]
+
+    questions = [Question("It rains in", ("the north", "a bowl"), 0), Question("The bird", ("sings", "is bread"), 0)]
+    ability = GeneralAbilityCallback(tasks={"small": questions})
+    trainer = make_trainer(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        args=arguments(**HOT),
+        eval_dataset=task[:4],
+        callbacks=[ability, AtTheEnd()],
+        config={"replay_strategy": "ce", "replay_dataset": texts, "replay_heldout": 24, "forgetting_budget": 0.0},
+    )
+    trainer.train()
+    assert final(trainer, "gere/share") < 1
+    assert final(trainer, "general/small") == ability.measure(trainer.model, trainer.processing_class)["general/small"]
+    assert seen["change"] == final(trainer, "general/change") == trainer.evaluate()["eval_general/change"]
+
+
+def test_a_second_training_goes_back_to_the_same_base(make_trainer, arguments):
+    trainer = make_trainer(args=arguments(max_steps=5), config={"base_decay": C, "replay_strategy": "none"})
+    trainer.train()
+    start, base = weights(trainer.model), weights(load_tiny())
+    again = make_trainer(
+        model=trainer.model,
+        args=arguments(max_steps=5, learning_rate=0.0),
+        config={"base_decay": C, "replay_strategy": "none"},
+    )
+    again.train()
+    for name, tensor in weights(again.model).items():
+        expected = base[name] + math.exp(-C) * (start[name] - base[name])
+        torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-5)
+
+
 def test_a_budget_that_is_wide_leaves_the_tuned_model(make_trainer, arguments):
     plain, budget = (
         make_trainer(args=arguments(), config={"replay_heldout": 2, "forgetting_budget": limit})
@@ -365,7 +398,9 @@ def test_the_best_point_has_the_least_evaluation_loss(make_trainer, arguments, t
 def test_a_choice_that_nothing_decides_is_refused(make_trainer):
     with pytest.raises(ConfigError, match="an eval_dataset of the trainer"):
         make_trainer(config={"blend": "best"}).train()
-    with pytest.raises(ConfigError, match="held-out texts"):
+    with pytest.raises(ConfigError, match="two held-out texts"):
+        make_trainer(config={"forgetting_budget": 0.05, "replay_heldout": 1}).train()
+    with pytest.raises(ConfigError, match="two held-out texts"):
         make_trainer(config={"forgetting_budget": 0.05, "replay_strategy": "none"}).train()
     for wrong in ({"forgetting_budget": -1.0}, {"forgetting_budget": math.nan}, {"blend": "worst"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):

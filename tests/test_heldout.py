@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_tiny
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import default_compute_objective
 
-from gere import GeneralAbilityCallback, GeReConfig, GeReTrainer
+from gere import GeneralAbilityCallback, GeReConfig, GeReTrainer, gere_trainer
 from gere.errors import ConfigError, ReplaySetError
 from gere.evaluation.general import change_of, general_loss
 from gere.metrics import student_t
@@ -133,12 +135,12 @@ def test_metrics_of_an_evaluation_choose_the_best_model(measuring_trainer, argum
         save_strategy="steps",
         save_steps=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_general/change",
-        greater_is_better=False,
+        metric_for_best_model="eval_general/change",  # of which less is better, unlike transformers takes it
     )
     trainer = measuring_trainer(args=args, eval_dataset=task[:4])
     trainer.train()
     evaluated = entries(trainer, "eval_general/change")
+    assert all(log["general/change"] == log["eval_general/change"] for log in evaluated), "in one entry"
     assert [log["step"] for log in evaluated] == [2, 4, 6]
     assert trainer.state.best_metric == min(log["eval_general/change"] for log in evaluated)
     # The answer at the end is of the model that was loaded.
@@ -146,6 +148,46 @@ def test_metrics_of_an_evaluation_choose_the_best_model(measuring_trainer, argum
     metrics = trainer.evaluate()
     assert metrics["eval_general/change"] == trainer.state.best_metric
     assert not [name for name in trainer.predict(task[:4]).metrics if "general" in name]
+
+
+def test_a_search_looks_at_the_evaluation_loss_alone(measuring_trainer, task):
+    trainer = measuring_trainer(
+        eval_dataset=task[:4], callbacks=[GeneralAbilityCallback(texts=["A text.", "Another."])]
+    )
+    trainer.train()
+    trainer.hp_search_backend = "optuna"
+    metrics = trainer.evaluate()
+    assert default_compute_objective(dict(metrics)) == metrics["eval_loss"]
+
+
+def test_metrics_of_trl_stay_in_its_evaluation(measuring_trainer, general, tmp_path, tokenizer):
+    trl = pytest.importorskip("trl")
+    args = trl.SFTConfig(
+        str(tmp_path / "out"),
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_mean_token_accuracy",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+    )
+    rows = Dataset.from_dict({"text": general})
+    trainer = gere_trainer(trl.SFTTrainer)(
+        model=load_tiny(),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+        gere_hidden_state_saving_dir=tmp_path / "gere_saving",
+        gere_config=GeReConfig(replay_dataset=general, max_length=48),
+    )
+    trainer.train()
+    logs = entries(trainer, "eval_mean_token_accuracy")
+    assert len(logs) == 2 and all("general/change" in log for log in logs)
 
 
 def test_early_stopping_by_what_is_forgotten(measuring_trainer, arguments, task):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from gere._files import canonical_json, folder_errors, make_folder, require_space, write_atomic
+from gere._files import canonical_json, folder_errors, make_folder, require_space, sync_folder, write_atomic
 from gere.cache.fingerprint import base_tensors, digest_of, weights_digest
 from gere.errors import CacheMissingError
 from gere.model.adapters import base_module
@@ -58,12 +59,15 @@ def find_base(model: nn.Module, folder: Path, digest: str, ranks: Ranks) -> Base
 
     def look() -> BaseWeights | None:
         for file in (_loaded_from(model), _pointed_to(pointer), copy):
-            places = _places(model, file, digest)
+            try:
+                places = _places(model, file, digest)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+                continue  # what cannot be read is not the base
             if file is not None and places:
                 if file != copy and ranks.first_here:
                     # A model that was tuned from this base comes from other files, and must find these.
                     make_folder(folder)
-                    write_atomic(pointer, canonical_json({"format_version": 1, "file": str(file)}))
+                    write_atomic(pointer, canonical_json({"format_version": 1, "file": str(file.absolute())}))
                 return BaseWeights(places)
         return None
 
@@ -146,4 +150,8 @@ def _write(model: nn.Module, copy: Path) -> None:
     temporary = copy.with_name(f".{copy.name}.tmp")
     with folder_errors(copy.parent):
         save_file(tensors, temporary)
+        with temporary.open("rb") as stream:
+            # Without this, a loss of power after the rename can leave the final name on an empty file.
+            os.fsync(stream.fileno())
         temporary.replace(copy)
+        sync_folder(copy.parent)

@@ -44,21 +44,17 @@ def pull(weight: Tensor, base: Tensor | None, part: float, generator: torch.Gene
 
     Args:
         weight: The weight, of any shape.
-        base: Where it goes, with as many rows or fewer: rows that were added to an embedding later have no base, and
-            stay. `None` for zeros.
+        base: Where it goes, of the same shape; `None` for zeros.
         part: d.
         generator: Rounds weights of bfloat16.
     """
-    moving = weight
-    if base is not None and weight.ndim:
-        moving = weight[: len(base)]
-    new = moving.float()
+    new = weight.float()
     if base is None:
         new = new * (1 - part)
     else:
         # The base first takes the precision of the weight: an untouched weight must not move.
         new = new + part * (base.to(weight).float() - new)
-    moving.copy_(rounded(new, generator) if weight.dtype == torch.bfloat16 else new)
+    weight.copy_(rounded(new, generator) if weight.dtype == torch.bfloat16 else new)
 
 
 def rounded(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -114,6 +114,10 @@ class GeneralAbilityCallback(TrainerCallback):
         # At the end of training reporters close before the callbacks of the user are called.
         callbacks.insert(0, AtTheEnd(self.on_train_end))
 
+    def forget_last(self) -> None:
+        """Measure again at the end of training, since the weights have been set since the last measurement."""
+        self._measured = None
+
     def measure(self, model: Any, tokenizer: Any) -> dict[str, float]:
         """Measure a model; every process must call this.
 
@@ -177,7 +181,8 @@ class GeneralAbilityCallback(TrainerCallback):
         """Measure, once for all evaluation sets of a step, and add the values to the metrics of the evaluation."""
         if self._measured != state.global_step:
             self._log(args, state, **kwargs)
-        if metrics is not None:
+        # A search sums up whatever stands beside the loss.
+        if metrics is not None and getattr(self._trainer, "hp_search_backend", None) is None:
             metrics.update({f"eval_{name}": value for name, value in self._last.items()})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -20,6 +20,7 @@ from gere.ranks import ALONE, Ranks
 
 ANCHOR_FILE, WEIGHT_FILE, BASE_FILE = "gere_anchor.json", "gere_weight.json", "gere_base.json"
 LIVE = "live"
+REMEMBERED = "_gere_base"  # attribute of a model in memory
 KEY = re.compile("[0-9a-f]{32}")
 
 
@@ -48,33 +49,45 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     write_atomic(path, canonical_json(content))
 
 
-def write_base(folder: Path, weights: str) -> None:
-    """Write the digest of the base weights into the output folder of a training without an anchor.
+def write_base(folder: Path, model: nn.Module) -> None:
+    """Write the digest of the base weights beside a model that was trained without replay, if base decay knows it.
 
     Raises:
         CacheFolderError: If the folder cannot be written.
     """
-    _write(folder / BASE_FILE, {"format_version": 1, "weights": weights})
+    known: Remembered | None = getattr(base_module(model), REMEMBERED, None)
+    if known is not None:
+        _write(folder / BASE_FILE, {"format_version": 1, "weights": known.weights})
 
 
-def read_base(folder: Path) -> str:
-    """Digest of the base weights of a training without an anchor that is resumed.
+def base_digest(model: nn.Module, ranks: Ranks) -> str:
+    """Digest of the base weights of a model that is trained without replay: those that it had first."""
+    known: Remembered | None = getattr(base_module(model), REMEMBERED, None)
+    if known is not None:
+        return known.weights
+    digest = weights_digest(model, ranks)
+    remember(model, "", digest)
+    return digest
+
+
+def base_of_checkpoint(checkpoint: Path, ranks: Ranks) -> str:
+    """Digest of the base weights of a training without replay that is resumed, from any process that has it.
 
     Raises:
-        CacheMissingError: If its output folder does not name it.
+        CacheMissingError: If its checkpoint does not name it.
         CacheCorruptError: If the file cannot be used.
     """
     fix = "Restore the file, or start from the base model."
-    weights = _read(folder, BASE_FILE, fix).get("weights")
-    if not isinstance(weights, str):
-        raise CacheMissingError(
-            "Training with base_decay resumes, and nothing says what its base is.",
-            where=folder,
-            expected=f"{BASE_FILE}, which a training with base_decay writes when it begins",
-            found="no such file, or one without weights",
-            fix=fix,
-        )
-    return weights
+    for weights in ranks.ask(lambda: _read(checkpoint, BASE_FILE, fix).get("weights")):
+        if isinstance(weights, str):
+            return weights
+    raise CacheMissingError(
+        "Training with base_decay resumes, and nothing says what its base is.",
+        where=checkpoint,
+        expected=f"{BASE_FILE}, which a training with base_decay writes into every checkpoint",
+        found="no such file, or one without weights",
+        fix=fix,
+    )
 
 
 def read_key(folder: Path | None) -> str | None:
@@ -143,12 +156,12 @@ class Remembered(NamedTuple):
 def remember(model: nn.Module, key: str, weights: str) -> None:
     """Tell a model the key of its anchor and the digest of its base weights, for the next trainer that gets it."""
     # In the model itself, since it may be trained again without being saved.
-    base_module(model)._gere_base = Remembered(key, weights)  # type: ignore[assignment]
+    setattr(base_module(model), REMEMBERED, Remembered(key, weights))
 
 
 def remembered_key(model: nn.Module, ranks: Ranks) -> str | None:
     """Key of the anchor that a model was trained with before; `None` if its base weights have not moved since."""
-    known: Remembered | None = getattr(base_module(model), "_gere_base", None)
+    known: Remembered | None = getattr(base_module(model), REMEMBERED, None)
     if known is None or known.weights == weights_digest(model, ranks):
         return None
     return known.key

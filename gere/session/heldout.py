@@ -44,6 +44,7 @@ class HeldOut:
 
     def measure(self) -> GeneralChange:
         """Measure the model as it is now; each process must call this, does its share, and gets the same result."""
+        self._measured.clear()  # by now the weights may be others
         return change_of(row_values(self._losses, self._rows, self._batches, self._ranks), self._base_ce)
 
     def measure_once(self, step: int) -> GeneralChange:

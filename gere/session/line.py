@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from gere._log import logger
 from gere.blend import BaseDecay, TrainedWeights, go_to, grid, largest_within
 from gere.config import GeReConfig
 from gere.errors import ConfigError
@@ -15,7 +16,7 @@ SHARES = grid(11)
 SHARE, NOT_MOVED = "gere/share", "gere/not_moved"
 
 
-class Line(NamedTuple):
+class TrainedLine(NamedTuple):
     """What one training holds of the line.
 
     Attributes:
@@ -37,15 +38,15 @@ def require_measures(config: GeReConfig, *, heldout: bool, evaluation: bool) -> 
 
     Args:
         config: The settings.
-        heldout: Whether there are held-out texts.
+        heldout: Whether there are two held-out texts or more, so that there is an interval.
         evaluation: Whether there is an `eval_dataset`.
 
     Raises:
         ConfigError: If a budget has no held-out texts, or the best point no evaluation.
     """
     problems = (
-        (config.forgetting_budget is not None and not heldout, "forgetting_budget", "held-out texts",
-         "Give 10 texts or more to replay, or heldout_dataset; it does not work with replay_strategy \"none\"."),
+        (config.forgetting_budget is not None and not heldout, "forgetting_budget", "two held-out texts or more",
+         "Give 20 texts or more to replay, or heldout_dataset; it does not work with replay_strategy \"none\"."),
         (config.blend is not None and not evaluation, "blend", "an eval_dataset of the trainer",
          "Pass eval_dataset, or set forgetting_budget alone."),
     )  # fmt: skip
@@ -92,19 +93,25 @@ def move_back(
         for place in [share, *(other for other in SHARES if other < share)]:
             go_to(trained, tuned, place)
             losses[place] = evaluate()
-        finite = {place: loss for place, loss in losses.items() if math.isfinite(loss)}
-        share = min(finite, key=finite.__getitem__, default=share)
+        finite = [(loss, place) for place, loss in losses.items() if math.isfinite(loss)]
+        if finite:
+            share = min(finite)[1]
+        else:
+            logger.warning("No evaluation loss is finite, so that the best point of the line is not known.")
     go_to(trained, tuned, share)
     return share
 
 
 def evaluation_loss(trainer: Any) -> float:
     """Evaluation loss of a trainer's model as it is: the mean over its evaluation sets; nothing is logged."""
-    sets = trainer.eval_dataset
-    named = sets.values() if isinstance(sets, dict) else [sets]
+    names: list[Any] = [None]
+    if isinstance(trainer.eval_dataset, dict):
+        names = [*trainer.eval_dataset]
     losses = []
-    for dataset in named:
-        loader = trainer.get_eval_dataloader(dataset)
+    for name in names:
+        loader = trainer.get_eval_dataloader(name)
         metrics = trainer.evaluation_loop(loader, "Line", prediction_loss_only=True).metrics
         losses.append(metrics.get("eval_loss", math.nan))
+    # TRL collects metrics for the next log of an evaluation, which this is not.
+    getattr(trainer, "_metrics", {}).get("eval", {}).clear()
     return sum(losses) / len(losses)

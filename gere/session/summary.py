@@ -69,7 +69,7 @@ class ReplayFacts(NamedTuple):
         sentences = [
             _task_sentence(self.history),
             _share_sentence(self.history),
-            _general_sentence(self.history, self.heldout or 0, self.advice),
+            _general_sentence(self.history, self.heldout, self.advice) if self.active else "",
         ]
         return "\n".join([" ".join(filter(None, sentences)), *_abilities(self.history)])
 
@@ -165,11 +165,15 @@ def _share_sentence(history: Sequence[Log]) -> str:
     shares = _ends(history, SHARE)
     if shares is None:
         return ""
+    if shares[1] == 1:
+        return "The weights were not moved back."
     return f"The weights were moved back to {shares[1]:.2f} of the way from the base model."
 
 
-def _general_sentence(history: Sequence[Log], texts: int, advice: str) -> str:
+def _general_sentence(history: Sequence[Log], texts: int | None, advice: str) -> str:
     measured = [log for log in history if CHANGE in log]
+    if not measured and texts:
+        return "What was forgotten has not been measured yet."
     if not measured:
         return (
             "What was forgotten is not known, since no texts were held out: set gere_config.heldout_dataset, or give "

@@ -82,7 +82,7 @@ def held_out(texts: Sequence[str], most: int) -> list[int]:
 
     Example:
         >>> held_out(["a", "b", "b", *map(str, range(27))], 2)
-        [0, 15]
+        [0, 16]
     """
     times = Counter(texts)
     single = [place for place, text in enumerate(texts) if times[text] == 1]

@@ -17,13 +17,14 @@ class Meters:
     Args:
         distance: Name of the distance in the log; empty if there is none.
         device: Where the sums are.
+        resumed: Whether the first step of the training was taken before.
     """
 
-    def __init__(self, distance: str, device: torch.device) -> None:
+    def __init__(self, distance: str, device: torch.device, *, resumed: bool = False) -> None:
         self._distance = distance
         self._device = device
         self._first_task_loss = torch.zeros((), device=device)
-        self._read_before = False
+        self._read_before = resumed
         self._clear()
 
     def _clear(self) -> None:

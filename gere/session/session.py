@@ -168,5 +168,5 @@ def begin_session(
         reader=StateReader(model.inner, strategy.layers),
         device=model.device,
         every_rank_calls=every_rank_calls,
-        meters=Meters(distance_name, model.device),
+        meters=Meters(distance_name, model.device, resumed=checkpoint is not None),
     )

@@ -43,7 +43,7 @@ def assert_same_curve(ours, theirs, steps=20, rel=1e-4):
             assert a[key] == pytest.approx(b[key], rel=loose * rel, abs=1e-5), (key, a, b)
 
 
-@pytest.mark.parametrize("rate", [1e-3, 0.0])
+@pytest.mark.parametrize("rate", [1e-3, pytest.param(0.0, marks=SLOW)])
 def test_held_out_texts_are_shared_by_two_processes(tmp_path, alone, rate):
     job = {"replay": 3, "steps": 2, "texts": 24, "config": {"replay_heldout": 64}, "args": {"learning_rate": rate}}
     ours, theirs = run(tmp_path, 2, **job), alone(**job)
@@ -173,6 +173,7 @@ def test_zero_follows_the_curve_of_one(tmp_path, alone, deepspeed_extensions):
         assert_same_curve(done, alone(replay=3))
 
 
+@pytest.mark.slow
 def test_base_decay_on_two_processes(tmp_path, alone):
     job = {"replay": 3, "config": {"base_decay": 1.0}}
     ours, theirs = run(tmp_path, 2, **job), alone(**job)

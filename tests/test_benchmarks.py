@@ -22,6 +22,7 @@ COMMANDS = {
     "ability": "--model MODEL --tasks task.jsonl",
     "anchor": "--count 8 --only speed",
     "batches": "--steps 2",
+    "budget": "--out out --budgets 0.05 --seeds 0 1",
     "line": "--out out --ways plain ce --decays 0 1",
     "start": "--rows 8",
     "step": "--random tiny --json step.json",

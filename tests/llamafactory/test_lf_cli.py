@@ -106,7 +106,9 @@ def test_processes_start_where_llamafactory_starts_them(tmp_path, monkeypatch, e
     ("replay", "changes"), [(4, {}), (3, {**LORA, "use_reentrant_gc": False})], ids=["full", "lora, mixed"]
 )
 def test_two_processes_follow_the_curve_of_one(tmp_path, replay, changes):
-    gere = {"num_interpolate_per_batch": replay, "normalization": "elements"}
+    # Of the rows that are left with held-out texts, one has an element at the very edge of its region, which rounding
+    # moves in or out. Its whole weight then shows in the gradient.
+    gere = {"num_interpolate_per_batch": replay, "normalization": "elements", "replay_heldout": 0}
     one, two = tmp_path / "one", tmp_path / "two"
     run(settings(one, gere=gere, **changes))
     config = settings(two, gere=gere, per_device_train_batch_size=2, **changes)

@@ -359,6 +359,7 @@ class GeReMixin(_Parent):
             tell_trackers(self.callback_handler.callbacks, self._gere, self._gere_session.anchor.key)
             plan = policy.step_plan(self, self._gere_rows, self._gere.config.base_decay, added=adding)
             say(opening(self._gere_session, plan))
+            logger.info("gere/forgetting is now gere/replay_change; the old name goes with the next release.")
         if self.args.should_save:
             # A model that is saved past the trainer, or by a killed run, must not be taken for a base later.
             write_key(Path(str(self.args.output_dir)), self._gere_session.anchor.key)

@@ -386,9 +386,11 @@ def test_trackers_get_the_settings(measuring_trainer):
     assert seen["mlflow"]["gere/max_length"] == "48"
 
 
-def test_old_names_stay_for_one_release(measuring_trainer):
+def test_old_names_stay_for_one_release(measuring_trainer, caplog):
+    caplog.set_level(logging.INFO, "gere")
     trainer = measuring_trainer()
     trainer.train()
+    assert caplog.text.count("gere/forgetting is now gere/replay_change") == 1
     for log in entries(trainer, "gere/replay_change"):
         assert log["gere/replay_change"] == log["gere/forgetting"]
 

@@ -20,11 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import DataCollatorForSeq2Seq, TrainingArguments, set_seed
+from transformers import DataCollatorForSeq2Seq, set_seed
 
-from benchmarks.lib import DATA, TINY
-from benchmarks.lib.experiment import Bench, Row, Scene, read_jsonl, with_lora
+from benchmarks.lib.experiment import Bench, Row, add_scene, read_jsonl, require_same_scene, scene_of, with_lora
 from benchmarks.lib.timing import table
 from gere import GeReConfig, GeReTrainer
 from gere.blend import TrainedWeights, find_base, go_to
@@ -48,24 +46,13 @@ WAYS = {
 def parse_arguments() -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_scene(parser, heldout=64)
     add = parser.add_argument
-    add("--model", default=str(TINY))
-    add("--task-file", type=Path, default=DATA / "task.jsonl")
-    add("--dev-file", type=Path, default=DATA / "task.jsonl")
-    add("--general-file", type=Path, default=DATA / "general.jsonl")
     add("--out", type=Path, required=True)
     add("--ways", nargs="+", default=["plain", "mixed", "ce", "tm"], choices=WAYS)
     add("--decays", type=float, nargs="+", default=[0.0, 0.7, 1.6])
     add("--regimes", nargs="+", default=["full"], choices=["full", "lora"])
     add("--seeds", type=int, nargs="+", default=[0])
-    add("--steps", type=int, default=30)
-    add("--batch-size", type=int, default=16)
-    add("--replay-per-batch", type=int, default=4)
-    add("--dev-rows", type=int, default=100)
-    add("--heldout", type=int, default=64, help="general texts that are held out")
-    add("--task-length", type=int, default=40)
-    add("--general-length", type=int, default=64)
-    add("--rates", type=float, nargs=2, default=(5e-4, 4e-3), metavar=("FULL", "LORA"), help="learning rates")
     return parser.parse_args()
 
 
@@ -105,22 +92,9 @@ class LineBench(Bench):
         if way == "mixed":
             texts = itertools.islice(itertools.cycle(replay), scene.replay_per_batch * scene.steps)
             rows += map(self._general, texts)
-        args = TrainingArguments(
-            output_dir=out,
-            max_steps=scene.steps,
-            per_device_train_batch_size=scene.batch,
-            learning_rate=scene.rates[regime],
-            lr_scheduler_type="cosine",
-            warmup_steps=min(10, scene.steps // 5),
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            seed=seed,
-            use_cpu=not torch.cuda.is_available(),
-        )
         return GeReTrainer(
             model=model,
-            args=args,
+            args=self.arguments(regime, seed, out),
             train_dataset=rows,
             data_collator=DataCollatorForSeq2Seq(self.tokenizer),
             processing_class=self.tokenizer,
@@ -166,19 +140,8 @@ def main() -> None:
     """Train what is missing, and write the table."""
     options = parse_arguments()
     options.out.mkdir(parents=True, exist_ok=True)
-    texts = [row["text"] for row in read_jsonl(options.general_file)]
-    scene = Scene(
-        model=options.model,
-        task=read_jsonl(options.task_file),
-        dev=read_jsonl(options.dev_file)[: options.dev_rows],
-        replay=texts[: -options.heldout],
-        heldout=texts[-options.heldout :],
-        steps=options.steps,
-        batch=options.batch_size,
-        replay_per_batch=options.replay_per_batch,
-        lengths=(options.task_length, options.general_length),
-        rates=dict(zip(("full", "lora"), options.rates, strict=True)),
-    )
+    scene = scene_of(options)
+    require_same_scene(options.out / "scene.json", scene)
     bench = LineBench(scene, options.out / "anchors")
     file, start = options.out / "line.jsonl", options.out / "base.json"
     if not start.is_file():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -24,9 +23,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.lib import DATA, TINY
 from benchmarks.lib.curves import Point, plot, points_of, summary, table
-from benchmarks.lib.experiment import Bench, Scene, Setting, read_jsonl
+from benchmarks.lib.experiment import Bench, Scene, Setting, add_scene, read_jsonl, require_same_scene, scene_of
 
 # At least four fixed weights for each distance, and those that need no number.
 GRID = {
@@ -50,20 +48,9 @@ SHUFFLED = (
 def parse_arguments() -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_scene(parser, heldout=48)
     add = parser.add_argument
-    add("--model", default=str(TINY))
-    add("--task-file", type=Path, default=DATA / "task.jsonl")
-    add("--dev-file", type=Path, default=DATA / "task.jsonl")
-    add("--general-file", type=Path, default=DATA / "general.jsonl")
     add("--out", type=Path, required=True)
-    add("--steps", type=int, default=30)
-    add("--batch-size", type=int, default=16)
-    add("--replay-per-batch", type=int, default=4)
-    add("--dev-rows", type=int, default=100)
-    add("--heldout", type=int, default=48, help="general texts that are held out")
-    add("--task-length", type=int, default=40)
-    add("--general-length", type=int, default=64)
-    add("--rates", type=float, nargs=2, default=(5e-4, 4e-3), metavar=("FULL", "LORA"), help="learning rates")
     add("--regimes", nargs="+", default=["full", "lora"], choices=["full", "lora"])
     add("--seeds", type=int, nargs="+", default=[0])
     add("--only", nargs="+", choices=sorted({strategy for strategy, _ in GRID}), help="these strategies alone")
@@ -82,23 +69,6 @@ def settings(options: argparse.Namespace) -> Iterator[Setting]:
         for (strategy, normalization, weight), regime in itertools.product(grid, options.regimes):
             if not options.only or strategy in options.only:
                 yield Setting(strategy, weight, normalization, regime, insertion, seed)
-
-
-def scene_of(options: argparse.Namespace) -> Scene:
-    """Read what all points share."""
-    texts = [row["text"] for row in read_jsonl(options.general_file)]
-    return Scene(
-        model=options.model,
-        task=read_jsonl(options.task_file),
-        dev=read_jsonl(options.dev_file)[: options.dev_rows],
-        replay=texts[: -options.heldout],
-        heldout=texts[-options.heldout :],
-        steps=options.steps,
-        batch=options.batch_size,
-        replay_per_batch=options.replay_per_batch,
-        lengths=(options.task_length, options.general_length),
-        rates=dict(zip(("full", "lora"), options.rates, strict=True)),
-    )
 
 
 _bench: list[Bench] = []  # one for each worker process
@@ -138,14 +108,6 @@ def train(options: argparse.Namespace) -> None:
             lines.flush()
             sys.stderr.write(f"{number}/{len(jobs)} {run['regime']} {run['name']} seed {run['seed']}: accuracy "
                              f"{run['accuracy']:.3f}, general loss {run['general_loss']:.3f}\n")  # fmt: skip
-
-
-def require_same_scene(path: Path, scene: Scene) -> None:
-    """Refuse to add runs to those of another model, other texts or another length."""
-    digest = hashlib.sha256(repr(scene).encode()).hexdigest()
-    if path.is_file() and json.loads(path.read_text())["sha256"] != digest:
-        raise SystemExit(f"{path.parent} holds runs of another scene (model, texts, steps, rates); use another --out")
-    path.write_text(json.dumps({"sha256": digest}))
 
 
 def key_of(run: dict[str, Any]) -> tuple[Any, ...]:

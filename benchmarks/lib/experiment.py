@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -20,6 +22,7 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks.lib import DATA, TINY
 from gere import GeReConfig, GeReTrainer, general_loss
 
 Row = dict[str, Any]
@@ -120,6 +123,24 @@ class Bench:
         general = general_loss(model, self.tokenizer, self.scene.heldout, max_length=self.scene.lengths[1])
         return {"accuracy": accuracy, "task_loss": loss, "general_loss": general}
 
+    def arguments(self, regime: str, seed: int, out: str) -> TrainingArguments:
+        """Return the arguments of a training in `out`."""
+        scene = self.scene
+        return TrainingArguments(
+            output_dir=out,
+            max_steps=scene.steps,
+            per_device_train_batch_size=scene.batch,
+            learning_rate=scene.rates[regime],
+            lr_scheduler_type="cosine",
+            warmup_steps=min(10, scene.steps // 5),
+            logging_steps=max(1, scene.steps // 10),
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            seed=seed,
+            use_cpu=not torch.cuda.is_available(),
+        )
+
     def _trainer(self, model: Any, setting: Setting, out: str) -> Trainer:
         scene = self.scene
         replays = setting.strategy != "none"
@@ -127,23 +148,9 @@ class Bench:
         share = scene.batch - scene.replay_per_batch if replays else scene.batch
         rows = rows[: share * scene.steps]
         replay = scene.replay[: scene.replay_per_batch * scene.steps]
-        args = TrainingArguments(
-            output_dir=out,
-            max_steps=scene.steps,
-            per_device_train_batch_size=scene.batch,
-            learning_rate=scene.rates[setting.regime],
-            lr_scheduler_type="cosine",
-            warmup_steps=min(10, scene.steps // 5),
-            logging_steps=max(1, scene.steps // 10),
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            seed=setting.seed,
-            use_cpu=not torch.cuda.is_available(),
-        )
         shared: Any = {
             "model": model,
-            "args": args,
+            "args": self.arguments(setting.regime, setting.seed, out),
             "train_dataset": rows,
             "data_collator": DataCollatorForSeq2Seq(self.tokenizer),
             "processing_class": self.tokenizer,
@@ -199,6 +206,48 @@ class Bench:
             total += float(F.cross_entropy(logits[answered], labels[answered], reduction="sum"))
             tokens += int(answered.sum())
         return right / tokens, total / tokens
+
+
+def add_scene(parser: argparse.ArgumentParser, *, heldout: int) -> None:
+    """Add the options that a scene is read from; `heldout` is the default of one."""
+    add = parser.add_argument
+    add("--model", default=str(TINY))
+    add("--task-file", type=Path, default=DATA / "task.jsonl")
+    add("--dev-file", type=Path, default=DATA / "task.jsonl")
+    add("--general-file", type=Path, default=DATA / "general.jsonl")
+    add("--steps", type=int, default=30)
+    add("--batch-size", type=int, default=16)
+    add("--replay-per-batch", type=int, default=4)
+    add("--dev-rows", type=int, default=100)
+    add("--heldout", type=int, default=heldout, help="general texts that are held out")
+    add("--task-length", type=int, default=40)
+    add("--general-length", type=int, default=64)
+    add("--rates", type=float, nargs=2, default=(5e-4, 4e-3), metavar=("FULL", "LORA"), help="learning rates")
+
+
+def scene_of(options: argparse.Namespace) -> Scene:
+    """Read what all points share."""
+    texts = [row["text"] for row in read_jsonl(options.general_file)]
+    return Scene(
+        model=options.model,
+        task=read_jsonl(options.task_file),
+        dev=read_jsonl(options.dev_file)[: options.dev_rows],
+        replay=texts[: -options.heldout],
+        heldout=texts[-options.heldout :],
+        steps=options.steps,
+        batch=options.batch_size,
+        replay_per_batch=options.replay_per_batch,
+        lengths=(options.task_length, options.general_length),
+        rates=dict(zip(("full", "lora"), options.rates, strict=True)),
+    )
+
+
+def require_same_scene(path: Path, scene: Scene) -> None:
+    """Refuse to add runs to those of another model, other texts or another length."""
+    digest = hashlib.sha256(repr(scene).encode()).hexdigest()
+    if path.is_file() and json.loads(path.read_text())["sha256"] != digest:
+        raise SystemExit(f"{path.parent} holds runs of another scene (model, texts, steps, rates); use another --out")
+    path.write_text(json.dumps({"sha256": digest}))
 
 
 def with_lora(model: PreTrainedModel) -> Any:

@@ -5,7 +5,8 @@
 
 `plain` is Trainer, `mixed` is Trainer on the same rows as one data set: what `datasets.interleave_datasets` gives.
 Records are as in `benchmarks.strategies`. Runs that OUT/line.jsonl holds are not done again; the table goes to
-OUT/line.md: at each share of the line the task accuracy, the task loss and the general change.
+OUT/line.md: at each share of the line the task accuracy, the task loss and the general change. With `--questions FILE`
+the multiple-choice accuracy is measured, too, at the shares of `--asked`.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from typing import Any
 
 from transformers import DataCollatorForSeq2Seq, set_seed
 
-from benchmarks.lib.experiment import Bench, Row, add_scene, read_jsonl, require_same_scene, scene_of, with_lora
+from benchmarks.lib.experiment import Bench, Row, Scene, add_scene, read_jsonl, require_same_scene, scene_of, with_lora
 from benchmarks.lib.timing import table
 from gere import GeReConfig, GeReTrainer
 from gere.blend import TrainedWeights, find_base, go_to
 from gere.cache.fingerprint import weights_digest
+from gere.evaluation import Question, choice_accuracy, read_questions
 from gere.ranks import ALONE
 
-SHARES = (1.0, 0.85, 0.7, 0.6, 0.5, 0.3)
 SCORES = ("accuracy", "task_loss", "general_loss")
 # Strategy and weight of each way; the margin is divided as the weight asks for.
 WAYS = {
@@ -53,11 +54,46 @@ def parse_arguments() -> argparse.Namespace:
     add("--decays", type=float, nargs="+", default=[0.0, 0.7, 1.6])
     add("--regimes", nargs="+", default=["full"], choices=["full", "lora"])
     add("--seeds", type=int, nargs="+", default=[0])
+    add("--shares", type=float, nargs="+", default=[1.0, 0.85, 0.7, 0.6, 0.5, 0.3])
+    add("--questions", type=Path, help="multiple-choice questions; 200 of them are asked")
+    add("--asked", type=float, nargs="+", default=[1.0], help="shares at which they are asked")
     return parser.parse_args()
 
 
 class LineBench(Bench):
-    """Trains a way and measures its line."""
+    """Trains a way and measures its line.
+
+    Args:
+        scene: As for `Bench`.
+        folder: As for `Bench`.
+        shares: Shares of the line to score, from the tuned model to the base.
+        questions: What is asked at the shares of `asked`.
+        asked: Some of `shares`.
+    """
+
+    def __init__(
+        self,
+        scene: Scene,
+        folder: Path,
+        shares: Sequence[float],
+        questions: Sequence[Question],
+        asked: Sequence[float],
+    ) -> None:
+        super().__init__(scene, folder)
+        self.shares = shares
+        self.questions = questions
+        self.asked = asked
+
+    def base(self) -> Row:
+        """Score the base model."""
+        model = self.load()
+        return {**self.score(model), **self.ask(model)}
+
+    def ask(self, model: Any) -> dict[str, float]:
+        """Accuracy on the questions; nothing where there are none."""
+        if not self.questions:
+            return {}
+        return {"questions": choice_accuracy(model, self.tokenizer, self.questions).accuracy}
 
     def line(self, way: str, decay: float, regime: str, seed: int) -> list[Row]:
         """Train, and score the model at each share.
@@ -78,9 +114,10 @@ class LineBench(Bench):
         trained = TrainedWeights(model, lambda: find_base(model, self.folder, digest, ALONE))
         tuned = trained.copies()
         points = []
-        for share in SHARES:
+        for share in self.shares:
             go_to(trained, tuned, share)
-            points.append({"share": share, **self.score(model)})
+            answers = self.ask(model) if share in self.asked else {}
+            points.append({"share": share, **self.score(model), **answers})
         return points
 
     def trainer_of(self, model: Any, way: str, decay: float, regime: str, seed: int, out: str) -> GeReTrainer:
@@ -115,7 +152,7 @@ class LineBench(Bench):
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
 
 
-def report(base: Row, runs: Sequence[Row]) -> str:
+def report(base: Row, runs: Sequence[Row], shares: Sequence[float]) -> str:
     """Markdown: a row for each way, regime and decay, means over seeds."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for run in runs:
@@ -123,16 +160,21 @@ def report(base: Row, runs: Sequence[Row]) -> str:
     rows = []
     for (regime, way, decay), group in groups.items():
         cells = []
-        for place in range(len(SHARES)):
+        for place in range(len(shares)):
             points = [run["line"][place] for run in group]
             accuracy, loss, general = (statistics.mean(point[name] for point in points) for name in SCORES)
             change = general - base["general_loss"]
-            cells.append(f"{accuracy:.3f} / {loss:.3f} / {change:+.3f}")
+            cell = f"{accuracy:.3f} / {loss:.3f} / {change:+.3f}"
+            if all("questions" in point for point in points):
+                cell += f" / {statistics.mean(point['questions'] for point in points):.3f}"
+            cells.append(cell)
         rows.append((regime, way, f"{decay:g}", str(len(group)), *cells))
-    head = ("regime", "way", "base decay", "seeds", *(f"share {share:g}" for share in SHARES))
+    head = ("regime", "way", "base decay", "seeds", *(f"share {share:g}" for share in shares))
+    asked = f", questions {base['questions']:.3f}" if "questions" in base else ""
     return (
         f"Base model: accuracy {base['accuracy']:.3f}, task loss {base['task_loss']:.3f}, general loss "
-        f"{base['general_loss']:.3f}.\nCells: task accuracy / task loss / general change.\n\n{table(head, rows)}\n"
+        f"{base['general_loss']:.3f}{asked}.\nCells: task accuracy / task loss / general change, and accuracy on the "
+        f"questions where they were asked.\n\n{table(head, rows)}\n"
     )
 
 
@@ -141,11 +183,12 @@ def main() -> None:
     options = parse_arguments()
     options.out.mkdir(parents=True, exist_ok=True)
     scene = scene_of(options)
-    require_same_scene(options.out / "scene.json", scene)
-    bench = LineBench(scene, options.out / "anchors")
+    questions = read_questions(options.questions, 200) if options.questions else []
+    require_same_scene(options.out / "scene.json", scene, options.shares, questions, options.asked)
+    bench = LineBench(scene, options.out / "anchors", options.shares, questions, options.asked)
     file, start = options.out / "line.jsonl", options.out / "base.json"
     if not start.is_file():
-        start.write_text(json.dumps(bench.score(bench.load())))
+        start.write_text(json.dumps(bench.base()))
     runs = read_jsonl(file) if file.is_file() else []
     done = {tuple(run[name] for name in ("way", "decay", "regime", "seed")) for run in runs}
     for seed, regime, decay, way in itertools.product(options.seeds, options.regimes, options.decays, options.ways):
@@ -156,7 +199,7 @@ def main() -> None:
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(runs[-1]) + "\n")
         sys.stderr.write(f"{regime} {way}, base decay {decay:g}, seed {seed}: {line[0]}\n")
-    text = report(json.loads(start.read_text()), runs)
+    text = report(json.loads(start.read_text()), runs, options.shares)
     (options.out / "line.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 

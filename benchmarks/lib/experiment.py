@@ -242,7 +242,7 @@ def scene_of(options: argparse.Namespace) -> Scene:
     )
 
 
-def require_same_scene(path: Path, scene: Scene) -> None:
+def require_same_scene(path: Path, *scene: object) -> None:
     """Refuse to add runs to those of another model, other texts or another length."""
     digest = hashlib.sha256(repr(scene).encode()).hexdigest()
     if path.is_file() and json.loads(path.read_text())["sha256"] != digest:

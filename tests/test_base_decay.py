@@ -176,6 +176,28 @@ def test_a_model_that_comes_from_no_file_is_copied_once(make_trainer, arguments,
     torch.testing.assert_close(change, torch.full_like(change, math.exp(-C)), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("wraps", [False, True])
+def test_new_rows_for_added_tokens_have_no_base_and_stay(make_trainer, arguments, wraps):
+    def grown():
+        torch.manual_seed(0)
+        model = load_tiny()
+        model.resize_token_embeddings(model.config.vocab_size + 5, mean_resizing=False)
+        if not wraps:
+            return model
+        config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+        return get_peft_model(model, config)
+
+    old = load_tiny().config.vocab_size
+    for _ in range(2):  # the second one reads the copy that the first one made
+        model = grown()
+        start = model.get_input_embeddings().weight.detach().clone()
+        args = arguments(max_steps=30, learning_rate=0.0)
+        make_trainer(model=model, args=args, config={"base_decay": C}, callbacks=[MoveOnce()]).train()
+        moved = model.get_input_embeddings().weight.detach() - start
+        torch.testing.assert_close(moved[:old], torch.full_like(moved[:old], math.exp(-C)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(moved[old:], torch.ones_like(moved[old:]))
+
+
 def test_a_tuned_model_goes_back_to_its_base(make_trainer, arguments, tmp_path):
     first = make_trainer(config={"base_decay": C})
     first.train()

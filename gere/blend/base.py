@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from gere._files import canonical_json, folder_errors, make_folder, require_space, sync_folder, write_atomic
-from gere.cache.fingerprint import base_tensors, digest_of, weights_digest
+from gere.cache.fingerprint import ADAPTER_WRAPPERS, base_tensors, digest_of, weights_digest
 from gere.errors import CacheMissingError
 from gere.model.adapters import base_module
 from gere.ranks import Ranks
+
+ROWS = "gere_rows_with_base"
 
 
 class BaseWeights:
@@ -24,18 +26,50 @@ class BaseWeights:
 
     Args:
         places: For each name the file, and the name in it.
+        rows: Number of rows that have a base, for each tensor that got more before the training, as the embeddings of
+            added tokens did.
     """
 
-    def __init__(self, places: Mapping[str, tuple[Path, str]]) -> None:
+    def __init__(self, places: Mapping[str, tuple[Path, str]], rows: Mapping[str, int] | None = None) -> None:
         self._places = dict(places)
+        self._rows = dict(rows or {})
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor into main memory."""
+        """Read a tensor into main memory; without the rows that have no base."""
         path, key = self._places[name]
         # The file is mapped for this tensor alone, and the clone lets go of the map: pages of a map count as memory.
         with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key).clone()
-        return tensor
+            tensor: Tensor = file.get_slice(key)[: self._rows[name]] if name in self._rows else file.get_tensor(key)
+            return tensor.clone()
+
+
+def rows_with_base(model: nn.Module) -> dict[str, int]:
+    """Return the number of rows that the files of a model have, for each weight that has more in memory.
+
+    Args:
+        model: The model without its distributed wrapper; its weights may be wrapped by PEFT.
+
+    Returns:
+        The numbers, by the names of `base_tensors`; nothing for a model that comes from no file.
+    """
+    file = _loaded_from(model)
+    if file is None:
+        return {}
+    found = {}
+    try:
+        stored = _stored(file)
+        tensors = base_tensors(model)
+        for name, names in _names(model, tensors).items():
+            shape, keys = list(tensors[name].shape), [key for key in names if key in stored]
+            if not keys or not shape:
+                continue
+            with safe_open(stored[keys[0]], framework="pt") as content:
+                rows, *rest = content.get_slice(keys[0]).get_shape() or [0]
+            if rows < shape[0] and rest == shape[1:]:
+                found[name] = rows
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return {}  # what cannot be read is not the base
+    return found
 
 
 def find_base(model: nn.Module, folder: Path, digest: str, ranks: Ranks) -> BaseWeights:
@@ -68,7 +102,7 @@ def find_base(model: nn.Module, folder: Path, digest: str, ranks: Ranks) -> Base
                     # A model that was tuned from this base comes from other files, and must find these.
                     make_folder(folder)
                     write_atomic(pointer, canonical_json({"format_version": 1, "file": str(file.absolute())}))
-                return BaseWeights(places)
+                return BaseWeights(places, _rows_of(file))
         return None
 
     found = ranks.ask(look)
@@ -83,7 +117,7 @@ def find_base(model: nn.Module, folder: Path, digest: str, ranks: Ranks) -> Base
             fix="Set gere_hidden_state_saving_dir to the folder of the first run, or start from the base model.",
         )
     ranks.only(ranks.first_here, lambda: _write(model, copy))
-    return BaseWeights({name: (copy, name) for name in base_tensors(model)})
+    return BaseWeights({name: (copy, name) for name in base_tensors(model)}, _rows_of(copy))
 
 
 def _loaded_from(model: nn.Module) -> Path | None:
@@ -113,12 +147,7 @@ def _places(model: nn.Module, file: Path | None, digest: str) -> dict[str, tuple
     """Return the place of each base tensor, if a file (or those of an index) has them all with this digest."""
     if file is None or not file.is_file():
         return {}
-    if file.suffix == ".json":
-        index = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        stored = {name: file.parent / part for name, part in index.items()}
-    else:
-        with safe_open(file, framework="pt") as content:
-            stored = dict.fromkeys(content.keys(), file)
+    stored = _stored(file)
     tensors = base_tensors(model)
     places = {}
     for name, names in _names(model, tensors).items():
@@ -133,12 +162,31 @@ def _places(model: nn.Module, file: Path | None, digest: str) -> dict[str, tuple
     return places if digest_of(read) == digest else {}
 
 
+def _stored(file: Path) -> dict[str, Path]:
+    """Return the file of each tensor that a file has, or those of an index."""
+    if file.suffix == ".json":
+        index = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        return {name: file.parent / part for name, part in index.items()}
+    with safe_open(file, framework="pt") as content:
+        return dict.fromkeys(content.keys(), file)
+
+
+def _rows_of(file: Path) -> dict[str, int]:
+    """Return what a copy says about rows without a base; nothing for other files."""
+    if file.suffix == ".json":
+        return {}
+    with safe_open(file, framework="pt") as content:
+        rows: dict[str, int] = json.loads((content.metadata() or {}).get(ROWS, "{}"))
+    return rows
+
+
 def _names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Return all names of each tensor: a file holds tied weights once, by any of their names."""
     by_address: dict[int, list[str]] = {}
     for name, tensor in base_module(model).state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
-            by_address.setdefault(tensor.data_ptr(), []).append(name)
+            clean = ".".join(part for part in name.split(".") if part not in ADAPTER_WRAPPERS)
+            by_address.setdefault(tensor.data_ptr(), []).append(clean)
     return {name: [name, *by_address.get(tensor.data_ptr(), [])] for name, tensor in tensors.items()}
 
 
@@ -149,7 +197,7 @@ def _write(model: nn.Module, copy: Path) -> None:
     require_space(copy.parent, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
     temporary = copy.with_name(f".{copy.name}.tmp")
     with folder_errors(copy.parent):
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, metadata={ROWS: json.dumps(rows_with_base(model))})
         with temporary.open("rb") as stream:
             # Without this, a loss of power after the rename can leave the final name on an empty file.
             os.fsync(stream.fileno())

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gere.blend.base import BaseWeights
+from gere.blend.base import BaseWeights, rows_with_base
 from gere.blend.pairs import between
 from gere.cache.fingerprint import base_tensors
 from gere.errors import UnsupportedModelError
@@ -37,7 +37,7 @@ class TrainedWeights:
     """The trained weights of a model with their base tensors.
 
     Of LoRA, B alone has a base: the product with A then moves as the weights of full training do, and A, whose start
-    is random, need not go anywhere.
+    is random, need not go anywhere. Rows that a weight got for added tokens have no base, and stay.
 
     Args:
         model: The model without its distributed wrapper.
@@ -57,15 +57,20 @@ class TrainedWeights:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield each weight with its base tensor, read one at a time; `None` stands for zeros."""
         for weight in self._weights:
-            yield weight.tensor, self._on_disk.read(weight.on_disk) if weight.on_disk else weight.kept
+            base = self._on_disk.read(weight.on_disk) if weight.on_disk else weight.kept
+            if base is not None and base.shape != weight.tensor.shape:
+                yield weight.tensor[: len(base)], base
+            else:
+                yield weight.tensor, base
 
     def copies(self) -> list[Tensor]:
         """Return copies of the weights as they are, in main memory."""
-        return [weight.tensor.detach().cpu().clone() for weight in self._weights]
+        return [weight.detach().cpu().clone() for weight, _ in self]
 
 
 def _trained(model: nn.Module) -> Iterator[TrainedWeight]:
     names = {id(tensor): name for name, tensor in base_tensors(model).items()}
+    rows = rows_with_base(model)
     causal = base_module(model)
     for full_name, tensor in causal.named_parameters():
         parts = full_name.split(".")
@@ -78,7 +83,8 @@ def _trained(model: nn.Module) -> Iterator[TrainedWeight]:
         elif "modules_to_save" in parts:
             place = parts.index("modules_to_save")
             original = ".".join([*parts[:place], "original_module", *parts[place + 2 :]])
-            yield TrainedWeight(tensor, kept=causal.get_parameter(original))
+            kept = causal.get_parameter(original)
+            yield TrainedWeight(tensor, kept=kept[: rows.get(names.get(id(kept), ""))])
         else:
             raise UnsupportedModelError(
                 "The base of a weight that is trained is not known, so that it cannot go back to it.",

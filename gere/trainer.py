@@ -42,7 +42,17 @@ from gere.session.checkpoint import (
     write_weight,
 )
 from gere.session.heldout import HeldOut
-from gere.session.line import NOT_MOVED, SHARE, TrainedLine, chooses, evaluation_loss, move_back, require_measures
+from gere.session.line import (
+    NOT_MOVED,
+    SHARE,
+    Decay,
+    TrainedLine,
+    chooses,
+    decay_of,
+    evaluation_loss,
+    move_back,
+    require_measures,
+)
 from gere.session.plan import ReplayPlan, make_plan, replay_settings
 from gere.session.session import ReplaySession, begin_session
 from gere.session.step import Steps, added_parts, share_of
@@ -99,6 +109,8 @@ class GeReMixin(_Parent):
         self._gere_checkpoint: Path | None = None
         self._gere_why_added = ""
         self._gere_line: TrainedLine | None = None
+        decay = self._gere.config.base_decay
+        self._gere_decay = Decay(0.0 if isinstance(decay, str) else decay, "")
         self._gere_at_the_end = AtTheEnd(self._gere_move_back)
         refuse_unknown_arguments(kwargs, _compat.arguments_of(type(self)))
         super().__init__(*args, **_compat.with_processing_class(super().__init__, kwargs))
@@ -108,7 +120,7 @@ class GeReMixin(_Parent):
             # Transformers takes every metric that does not end in "loss" for one that is better when it is greater.
             self.args.greater_is_better = False
             logger.warning("greater_is_better is set to False, since %s is what was forgotten.", CHANGE)
-        if self._gere.config.base_decay or chooses(self._gere.config):
+        if self._gere.active or self._gere_decay.c or chooses(self._gere.config):
             self.add_callback(LineCallback(self._gere_begin_line, self._gere_pull))
         self.callback_handler.callbacks.insert(0, AtTheEnd(self._gere_finish))
 
@@ -124,8 +136,8 @@ class GeReMixin(_Parent):
         """What is known of the replay now."""
         # The plan is a cached property: asking for it here would read the texts.
         plan = self.__dict__.get("_gere_plan")
-        rows, decay = self._gere_rows, self._gere.config.base_decay
-        advice = advice_of(self, rows, policy.rows_of_step(self), decay)
+        rows = self._gere_rows
+        advice = advice_of(self, rows, policy.rows_of_step(self), self._gere_decay)
         return facts_of(self._gere, rows, plan, self._gere_session, self.state.log_history, advice)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -317,7 +329,7 @@ class GeReMixin(_Parent):
         folder = Path(output_dir or str(self.args.output_dir))
         session = self._gere_session
         if session is not None:
-            write_key(folder, session.anchor.key)
+            write_key(folder, session.anchor.key, self._gere_decay.c)
             write_weight(folder, session.weight.state_dict())
             return
         write_base(folder, self.model)
@@ -354,15 +366,22 @@ class GeReMixin(_Parent):
             every_rank_calls=sharded or not policy.is_whole(policy.kind_of(self)),
             progress=self._gere_shows_progress,
         )
+        self._gere_decay = decay_of(
+            self._gere.config,
+            inner,
+            tuned=self._gere_session.tuned,
+            spread=checks.is_spread(self, inner),
+            checkpoint=self._gere_checkpoint,
+        )
         remember(inner, self._gere_session.anchor.key, self._gere_session.anchor.fields["weights"])
         if self.is_world_process_zero():
             tell_trackers(self.callback_handler.callbacks, self._gere, self._gere_session.anchor.key)
-            plan = policy.step_plan(self, self._gere_rows, self._gere.config.base_decay, added=adding)
+            plan = policy.step_plan(self, self._gere_rows, self._gere_decay, added=adding)
             say(opening(self._gere_session, plan))
             logger.info("gere/forgetting is now gere/replay_change; the old name goes with the next release.")
         if self.args.should_save:
             # A model that is saved past the trainer, or by a killed run, must not be taken for a base later.
-            write_key(Path(str(self.args.output_dir)), self._gere_session.anchor.key)
+            write_key(Path(str(self.args.output_dir)), self._gere_session.anchor.key, self._gere_decay.c)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the parent does; the metrics of `evaluate()` have the change on held-out texts, too."""
@@ -413,11 +432,14 @@ class GeReMixin(_Parent):
 
     def _gere_begin_line(self) -> None:
         """Find the base of the trained weights; the anchor is there."""
-        config, session = self._gere.config, self._gere_session
+        config, session, decay = self._gere.config, self._gere_session, self._gere_decay.c
+        self._gere_line = None  # an earlier `train()` had one
+        if not decay and not chooses(config):
+            return
         heldout = session is not None and len(session.plan.replay.heldout) > 1
         require_measures(config, heldout=heldout, evaluation=self.eval_dataset is not None)
         inner = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
-        if config.base_decay:
+        if decay:
             checks.refuse_sharded_decay(self, inner)
         elif checks.is_spread(self, inner):
             return  # the answer at the end names the command that can do it
@@ -433,8 +455,7 @@ class GeReMixin(_Parent):
             return find_base(inner, self._gere.folder, digest, ranks)
 
         trained = TrainedWeights(inner, find)
-        decay = BaseDecay(config.base_decay, self.state.max_steps, trained, self.args.seed)
-        self._gere_line = TrainedLine(trained, decay)
+        self._gere_line = TrainedLine(trained, BaseDecay(decay, self.state.max_steps, trained, self.args.seed))
 
     def _gere_pull(self, step: int) -> None:
         if self._gere_line is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,13 +25,29 @@ REMEMBERED = "_gere_base"  # attribute of a model in memory
 KEY = re.compile("[0-9a-f]{32}")
 
 
-def write_key(folder: Path, key: str) -> None:
-    """Write the key of the anchor beside a saved model.
+def write_key(folder: Path, key: str, base_decay: float = 0.0) -> None:
+    """Write the key of the anchor beside a saved model, and the base decay of its training.
 
     Raises:
         CacheFolderError: If the folder cannot be written.
     """
-    _write(folder / ANCHOR_FILE, {"format_version": 1, "anchor": key})
+    content = {"format_version": 1, "anchor": key}
+    if base_decay:
+        content["base_decay"] = base_decay
+    _write(folder / ANCHOR_FILE, content)
+
+
+def read_decay(checkpoint: Path) -> float:
+    """Base decay of the training that a checkpoint belongs to.
+
+    Raises:
+        CacheCorruptError: If the file cannot be used.
+    """
+    fix = "Restore the file, or set gere_config.base_decay to a number."
+    decay = _read(checkpoint, ANCHOR_FILE, fix).get("base_decay", 0.0)
+    if not isinstance(decay, float) or not 0 <= decay < math.inf:
+        raise _corrupt(checkpoint / ANCHOR_FILE, f"'base_decay': {decay!r}", fix)
+    return decay
 
 
 def write_weight(folder: Path, state: Mapping[str, Any]) -> None:

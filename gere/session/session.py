@@ -35,6 +35,7 @@ class ReplaySession:
         plan: Settings and replay set.
         anchor: The anchor.
         built: Whether it was built for this training.
+        tuned: Whether the model had been trained before.
         heldout: Measures what is left of general ability; `None` if there are no held-out texts.
         strategy: What is kept of the base model, and how far a row is from that.
         base: The base model, which gives the targets of a live strategy.
@@ -51,6 +52,7 @@ class ReplaySession:
     plan: ReplayPlan
     anchor: Anchor
     built: bool
+    tuned: bool
     heldout: HeldOut | None
     strategy: Strategy
     base: BaseModel
@@ -141,13 +143,13 @@ def begin_session(
     settings = plan.settings
     if previous is None:
         found = find_anchor(settings, model, plan.replay, checkpoint=checkpoint, progress=progress)
-        anchor, strategy, base, built = found
+        anchor, strategy, base, built, tuned = found
         weight = make_weight(settings.w_strategy, strategy)
         if checkpoint is not None:
             weight.load_state_dict(read_weight(checkpoint), checkpoint / WEIGHT_FILE)
     else:
         anchor, strategy, base, weight = previous.anchor, previous.strategy, previous.base, previous.weight
-        built = False
+        built, tuned = False, True
     heldout = None
     if plan.replay.heldout:
         heldout = HeldOut(plan.replay, anchor.heldout_ce, model, settings.config.anchor_batch_tokens)
@@ -159,6 +161,7 @@ def begin_session(
         plan=plan,
         anchor=anchor,
         built=built,
+        tuned=tuned,
         heldout=heldout,
         strategy=strategy,
         base=base,

@@ -21,9 +21,9 @@ TINY = ROOT / "base_llms" / "llama-tiny-random"
 DATA = ROOT / "examples" / "data"
 
 torch.set_num_threads(1)
-# The same examples in every run; `HYPOTHESIS_PROFILE=random` searches for new ones.
-hypothesis.settings.register_profile("same", derandomize=True)
-hypothesis.settings.register_profile("random", derandomize=False)
+# The same examples in every run; `HYPOTHESIS_PROFILE=random` searches for new ones. No deadline: machines are busy.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("random", derandomize=False, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 

@@ -353,6 +353,7 @@ class GeReMixin(_Parent):
             previous=previous,
             every_rank_calls=sharded or not policy.is_whole(policy.kind_of(self)),
             progress=self._gere_shows_progress,
+            claim=self._gere_claim,
         )
         remember(inner, self._gere_session.anchor.key, self._gere_session.anchor.fields["weights"])
         if self.is_world_process_zero():
@@ -360,9 +361,12 @@ class GeReMixin(_Parent):
             plan = policy.step_plan(self, self._gere_rows, self._gere.config.base_decay, added=adding)
             say(opening(self._gere_session, plan))
             logger.info("gere/forgetting is now gere/replay_change; the old name goes with the next release.")
+
+    def _gere_claim(self, key: str) -> None:
+        """Name the anchor in the output folder, before it could be taken for one that no run needs."""
+        # A model that is saved past the trainer, or by a killed run, must not be taken for a base later, either.
         if self.args.should_save:
-            # A model that is saved past the trainer, or by a killed run, must not be taken for a base later.
-            write_key(Path(str(self.args.output_dir)), self._gere_session.anchor.key)
+            write_key(Path(str(self.args.output_dir)), key)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the parent does; the metrics of `evaluate()` have the change on held-out texts, too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +122,7 @@ def begin_session(
     previous: ReplaySession | None,
     every_rank_calls: bool,
     progress: bool,
+    claim: Callable[[str], None],
 ) -> ReplaySession:
     """Open or build the anchor, and put together what a training needs.
 
@@ -133,6 +134,7 @@ def begin_session(
             its weight are used again.
         every_rank_calls: As in `ReplaySession`.
         progress: Show a progress bar.
+        claim: As in `find_anchor`.
 
     Raises:
         ConfigError: If a setting does not fit the model.
@@ -140,7 +142,7 @@ def begin_session(
     """
     settings = plan.settings
     if previous is None:
-        found = find_anchor(settings, model, plan.replay, checkpoint=checkpoint, progress=progress)
+        found = find_anchor(settings, model, plan.replay, checkpoint=checkpoint, progress=progress, claim=claim)
         anchor, strategy, base, built = found
         weight = make_weight(settings.w_strategy, strategy)
         if checkpoint is not None:
@@ -148,6 +150,7 @@ def begin_session(
     else:
         anchor, strategy, base, weight = previous.anchor, previous.strategy, previous.base, previous.weight
         built = False
+        claim(anchor.key)
     heldout = None
     if plan.replay.heldout:
         heldout = HeldOut(plan.replay, anchor.heldout_ce, model, settings.config.anchor_batch_tokens)

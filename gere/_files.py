@@ -127,16 +127,17 @@ def folder_errors(folder: Path) -> Iterator[None]:
     """Turn the system's errors about a folder into a `CacheFolderError`."""
     try:
         yield
-    except OSError as error:
+    # A file system without locks is a NotImplementedError of filelock.
+    except (OSError, NotImplementedError) as error:
         what, expected = "The cache folder cannot be written.", "a folder that this process may write to"
         # A quota fails like a full disk, and needs the same fix.
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             what, expected = "The disk of the cache folder is full.", "free space"
         raise CacheFolderError(
             what,
             where=folder,
             expected=expected,
-            found=f"{type(error).__name__}: {error.strerror or error}",
+            found=f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}",
             fix="Free some space, or set another folder: gere_hidden_state_saving_dir, for a saved model output_dir.",
         ) from error
 

@@ -32,7 +32,7 @@ class MisfitError(ValueError):
         self.place, self.expected, self.found = place, expected, brief(found)
 
 
-def read_record(path: Path, form: type[T], fail: Fail, *, most: int = MOST_BYTES) -> T:
+def read_record(path: Path, form: type[T], fail: Fail, *, most: int = MOST_BYTES, others: bool = False) -> T:
     """Read a file of one JSON object.
 
     Args:
@@ -40,8 +40,9 @@ def read_record(path: Path, form: type[T], fail: Fail, *, most: int = MOST_BYTES
         form: The format.
         fail: Makes the error about a file that cannot be read or has another form.
         most: Bytes that the file may have.
+        others: Leave out fields that the format does not know, since the file is that of another program.
     """
-    return parse_record(read_raw(path, fail, most=most), path, form, fail)
+    return parse_record(read_raw(path, fail, most=most), path, form, fail, others=others)
 
 
 def read_raw(path: Path, fail: Fail, *, most: int = MOST_BYTES) -> bytes:
@@ -52,10 +53,13 @@ def read_raw(path: Path, fail: Fail, *, most: int = MOST_BYTES) -> bytes:
         raise fail(str(path), "a file that can be read", f"{type(error).__name__}: {error}") from error
 
 
-def parse_record(raw: bytes, path: Path, form: type[T], fail: Fail) -> T:
+def parse_record(raw: bytes, path: Path, form: type[T], fail: Fail, *, others: bool = False) -> T:
     """Read the bytes of a file as `read_record` does."""
     try:
-        return typed(json.loads(raw), form)  # type: ignore[no-any-return]
+        content = json.loads(raw)
+        if others and isinstance(content, dict):
+            content = {name: value for name, value in content.items() if name in get_type_hints(form)}
+        return typed(content, form)  # type: ignore[no-any-return]
     except MisfitError as error:
         place = f"{path}, {error.place}" if error.place else str(path)
         raise fail(place, error.expected, error.found) from error

@@ -80,7 +80,7 @@ class UnsupportedModelError(GeReError, TypeError):
 
 
 class NonFiniteStateError(GeReError, ArithmeticError):
-    """The base model gave NaN or infinite states or losses on the replay set."""
+    """The base model gave NaN or infinite states or losses on the replay set, or a training did."""
 
 
 class RunFolderError(GeReError, ValueError):

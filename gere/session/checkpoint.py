@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from torch import nn
 
 from gere._files import canonical_json, folder_errors, write_atomic
-from gere._records import read_record
+from gere._records import Fail, read_record
 from gere.cache.fingerprint import weights_digest
 from gere.config import AUTO, GeReConfig
 from gere.errors import CacheCorruptError, CacheFolderError, CacheMissingError, ConfigError, brief
@@ -21,6 +21,7 @@ from gere.ranks import ALONE, Ranks
 
 ANCHOR_FILE, WEIGHT_FILE, BASE_FILE = "gere_anchor.json", "gere_weight.json", "gere_base.json"
 LIVE = "live"
+STATE_FILE, CHECKPOINT = "trainer_state.json", re.compile(r"checkpoint-\d{1,18}")
 REMEMBERED = "_gere_base"  # attribute of a model in memory
 T = TypeVar("T")
 KEY = re.compile("[0-9a-f]{32}")
@@ -38,6 +39,33 @@ class BaseName(NamedTuple):
 
     weights: str
     format_version: Literal[1] = 1
+
+
+class RunState(NamedTuple):
+    """What is read of `trainer_state.json`, which `Trainer` writes last into a checkpoint."""
+
+    global_step: int
+    max_steps: int
+    log_history: list[dict[str, Any]]
+
+
+def read_state(folder: Path, fail: Fail) -> RunState:
+    """Read the state of a training in its output folder or in a checkpoint, or raise what `fail` makes."""
+    return read_record(folder / STATE_FILE, RunState, fail, most=2**30, others=True)
+
+
+def checkpoints_in(folder: Path) -> list[tuple[Path, RunState | None]]:
+    """Find the checkpoints of a training, in the order of their steps; one that a kill has cut has no state."""
+    found = []
+    with folder_errors(folder):
+        paths = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    for path in sorted(paths, key=lambda path: int(path.name.rpartition("-")[2])):
+        try:
+            state = read_state(path, partial(_corrupt, fix=""))
+        except CacheCorruptError:
+            state = None
+        found.append((path, state))
+    return found
 
 
 def write_key(folder: Path, key: str) -> None:

@@ -21,6 +21,7 @@ from gere.model.states import StateReader
 from gere.replay.batch import RowCounts
 from gere.session.anchor import ReadyModel, find_anchor
 from gere.session.checkpoint import WEIGHT_FILE, read_weight
+from gere.session.finite import FiniteLosses
 from gere.session.heldout import HeldOut
 from gere.session.meters import Meters
 from gere.session.plan import ReplayPlan
@@ -46,6 +47,7 @@ class ReplaySession:
         every_rank_calls: Whether each rank has to call the wrapped model for each batch of replay rows, dummy rows
             included: with ZeRO and FSDP2. With DDP one call of the wrapper in each micro-step is enough.
         meters: Sums for the log.
+        finite: Looks whether the losses are finite.
     """
 
     plan: ReplayPlan
@@ -61,6 +63,7 @@ class ReplaySession:
     device: torch.device
     every_rank_calls: bool
     meters: Meters
+    finite: FiniteLosses
 
     def micro_step(self, rows: RowCounts, replay: Sequence[int]) -> MicroStep:
         """What this rank runs in a micro-step: its replay rows, or a dummy row where other ranks wait for its call."""
@@ -74,6 +77,7 @@ class ReplaySession:
         if not rows:
             # All labels of a dummy row are -100, for which a mean over tokens is NaN.
             return torch.nan_to_num(loss, 0.0, 0.0, 0.0) * 0.0
+        self.finite.see(loss)
         self.meters.add_task(loss * share.logged_factor(rows))
         return loss * share.task_factor(rows)
 
@@ -96,6 +100,7 @@ class ReplaySession:
         loss, sums = self.objective(seen, base_ce, self._targets(step.replay, seen.ids, seen.mask))
         if not step.rows.replay:
             return loss * 0.0
+        self.finite.see(loss, step.replay)
         self.meters.add_replay(sums)
         self.weight.observe(sums.unrelated, sums.calibrated)
         return loss * share.replay_factor
@@ -172,4 +177,5 @@ def begin_session(
         device=model.device,
         every_rank_calls=every_rank_calls,
         meters=Meters(distance_name, model.device, resumed=checkpoint is not None),
+        finite=FiniteLosses(model.inner),
     )

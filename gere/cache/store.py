@@ -255,7 +255,7 @@ def _hash_or_reason(path: Path) -> str:
         return file_sha256(path)
     except OSError as error:
         return f"{type(error).__name__}: {error.strerror}"
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # no regular file; links that lead in a circle
         return str(error)
 
 

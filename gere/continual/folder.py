@@ -22,7 +22,7 @@ from gere._files import canonical_json, flat, folder_errors, make_folder, remove
 from gere._records import read_record
 from gere.continual.answers import Scores
 from gere.errors import ConfigError, brief
-from gere.session.checkpoint import checkpoints_in, read_state
+from gere.session.checkpoint import STATE_FILE, checkpoints_in, read_state
 
 FORMAT: Literal[1] = 1
 MATRIX_FILE, SEQUENCE_FILE = "matrix.json", "sequence.json"
@@ -174,7 +174,10 @@ class RunFolder:
         """Write the logs of all tasks up to one, one a line, each with the index of its task."""
         lines = []
         for index in range(upto + 1):
-            for log in read_state(self.task(index), _damaged).log_history:
+            logged = read_state(self.task(index), _damaged).log_history
+            if logged is None:
+                raise _damaged(f"{self.task(index)}/{STATE_FILE}, log_history", "a list", "nothing")
+            for log in logged:
                 lines.append(json.dumps({"task": index, **log}) + "\n")
         write_atomic(self.path / LOG_FILE, "".join(lines).encode())
 

@@ -222,7 +222,9 @@ class AutoWeight(RowWeight):
                 fix="Restore the file; or delete it, and the weight calibrates again on the next replay rows.",
             ) from error
         if measured != self._name:
-            logger.warning("The checkpoint weighed %s; the weight of %s calibrates again.", measured, self._name)
+            logger.warning(
+                "The checkpoint weighed %s; the weight of %s calibrates again.", brief(measured), self._name
+            )
             return
         self._known = known
         self._rows = int(numbers[2])

@@ -46,7 +46,7 @@ class RunState(NamedTuple):
 
     global_step: int
     max_steps: int
-    log_history: list[dict[str, Any]]
+    log_history: list[dict[str, Any]] | None = None
 
 
 def read_state(folder: Path, fail: Fail) -> RunState:

@@ -17,7 +17,7 @@ import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Optional, get_args, get_type_hints
 
-from gere.errors import ConfigError
+from gere.errors import ConfigError, brief
 
 # The one list of strategies. Each class is imported when it is used, since settings are read without torch.
 STRATEGIES = {
@@ -424,7 +424,7 @@ def parse_weight(w_strategy: float | str) -> float | Literal["dy", "auto"]:
         return w_strategy  # type: ignore[return-value]
     weight = math.nan
     if not isinstance(w_strategy, bool):  # `float` takes True for 1
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             weight = float(w_strategy)
     expected = 'a number >= 0, its string, "dy" or "auto"'
     require(math.isfinite(weight) and weight >= 0, "w_strategy", expected, w_strategy)
@@ -448,7 +448,7 @@ def parse_layers(layers: str | Sequence[int], depth: int | None) -> tuple[int, .
     every = len(words) == 2 and words[0] == EVERY
     listed = words[1:] if every else words
     # `isdigit` alone takes other digits, such as superscripts, which `int` refuses.
-    numbers = [int(word) for word in listed if word.isascii() and word.isdigit()]
+    numbers = [int(word) for word in listed if word.isascii() and word.isdigit() and len(word) < 10]
     sound = len(numbers) == len(listed) > 0 and min(numbers) > 0
     expected = '"last", "every N", or numbers of layers'
     if depth is not None:
@@ -474,7 +474,8 @@ def parse_replay_per_batch(num_interpolate_per_batch: int | float | str | None) 
         value = None if value in ("none", "None") else _number_in(value)
     if value is None:
         return 0
-    if isinstance(value, numbers.Real) and 0 < float(value) < 1:
+    # Compared before it is a float, which holds no integer of 400 digits.
+    if isinstance(value, numbers.Real) and bool(0 < value < 1):  # type: ignore[operator]
         return float(value)
     expected = '"auto", a whole number >= 0, a share between 0 and 1, or None'
     return _whole(value, 0, "num_interpolate_per_batch", expected)
@@ -529,7 +530,12 @@ def _whole(value: Any, least: int, where: str, expected: str) -> int:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def require(ok: bool, where: str, expected: str, found: object) -> None:
@@ -539,6 +545,6 @@ def require(ok: bool, where: str, expected: str, found: object) -> None:
             "A setting has a value that cannot be used.",
             where=where,
             expected=expected,
-            found=repr(found),
+            found=brief(found),
             fix="Set it to an expected value, or leave it out for the default.",
         )

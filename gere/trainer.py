@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from gere import _compat
 from gere._log import logger, say
@@ -34,6 +33,7 @@ from gere.session.callbacks import LineCallback, ReplayCallback
 from gere.session.checkpoint import (
     base_digest,
     base_of_checkpoint,
+    checkpoints_in,
     loaded_key,
     read_key,
     remember,
@@ -129,7 +129,7 @@ class GeReMixin(_Parent):
         if type(self).compute_loss is not GeReMixin.compute_loss:
             # A subclass of this one has its own loss, which knows task rows alone. Replay goes around it.
             self.compute_loss = partial(self._gere_loss, partial(type(self).compute_loss, self))  # type: ignore[method-assign]
-        self.add_callback(ReplayCallback(self._gere_begin, self._gere_steps.close, self._gere_end_step))
+        self.add_callback(ReplayCallback(self._gere_begin, self._gere_close_step, self._gere_end_step))
 
     @property
     def replay(self) -> ReplayFacts:
@@ -144,9 +144,11 @@ class GeReMixin(_Parent):
         """Train as the parent does; a checkpoint names the anchor of its run."""
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
-            checkpoint = get_last_checkpoint(str(self.args.output_dir))
+            # Of all that are there, one that a kill has cut is none. The parent says so where there is no other.
+            whole = [path for path, state in checkpoints_in(Path(str(self.args.output_dir))) if state is not None]
+            checkpoint = resume_from_checkpoint = str(whole[-1]) if whole else True
         self._gere_checkpoint = None
-        if checkpoint:
+        if checkpoint and checkpoint is not True:
             self._gere_checkpoint = Path(str(checkpoint))
         for callback in self._gere_abilities():
             callback.bind(self)
@@ -242,6 +244,10 @@ class GeReMixin(_Parent):
         session = self._gere_session
         if session is None:
             return super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from its last step: the parent would take one more before it looks.
+            self.control.should_training_stop = True
+            return [], None
         sent: list[MicroBatch] = []
         batches = unpacked(epoch_iterator, sent, self.args.device)
         samples, items = super().get_batch_samples(batches, num_batches, *args, **kwargs)
@@ -300,6 +306,11 @@ class GeReMixin(_Parent):
         loss, *outputs = found if isinstance(found, tuple) else (found,)
         total = sum(replay_parts, session.task_part(loss, step.rows.task, share))
         return (total, *outputs) if outputs else total
+
+    def _gere_close_step(self) -> None:
+        self._gere_steps.close()
+        if self._gere_session is not None:
+            self._gere_session.finite.check(self.state.global_step + 1)
 
     def _gere_end_step(self) -> None:
         session = self._gere_session
@@ -365,6 +376,7 @@ class GeReMixin(_Parent):
             previous=previous,
             every_rank_calls=sharded or not policy.is_whole(policy.kind_of(self)),
             progress=self._gere_shows_progress,
+            claim=self._gere_claim,
         )
         self._gere_decay = decay_of(
             self._gere.config,
@@ -379,9 +391,12 @@ class GeReMixin(_Parent):
             plan = policy.step_plan(self, self._gere_rows, self._gere_decay, added=adding)
             say(opening(self._gere_session, plan))
             logger.info("gere/forgetting is now gere/replay_change; the old name goes with the next release.")
+
+    def _gere_claim(self, key: str) -> None:
+        """Name the anchor in the output folder, before it could be taken for one that no run needs."""
+        # A model that is saved past the trainer, or by a killed run, must not be taken for a base later, either.
         if self.args.should_save:
-            # A model that is saved past the trainer, or by a killed run, must not be taken for a base later.
-            write_key(Path(str(self.args.output_dir)), self._gere_session.anchor.key, self._gere_decay.c)
+            write_key(Path(str(self.args.output_dir)), key)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the parent does; the metrics of `evaluate()` have the change on held-out texts, too."""

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gere._files import write_atomic
 from gere.config import require
-from gere.errors import ConfigError
+from gere.errors import CacheFolderError, ConfigError
 
 
 def add_report(commands: Any) -> None:
@@ -37,14 +38,19 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _write(path: Path, text: str) -> None:
+    """Write a page whole or not at all; into what is no regular file, such as `/dev/stdout`, as it is."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text.encode("utf-8"))
-    except OSError as error:
+        if path.exists() and not path.is_file():
+            path.write_bytes(text.encode("utf-8"))
+        else:
+            write_atomic(path.resolve(), text.encode("utf-8"))
+    except (OSError, CacheFolderError) as error:
+        cause: Any = error.__cause__ or error
         raise ConfigError(
             "The report cannot be written.",
             where=path,
             expected="a path that this process may write to",
-            found=f"{type(error).__name__}: {error.strerror or error}",
+            found=f"{type(cause).__name__}: {cause.strerror or cause}",
             fix="Give another path.",
         ) from error

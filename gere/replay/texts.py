@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -142,8 +143,13 @@ def read_kept(path: Path, size: int, fix: str) -> list[str]:
         CacheCorruptError: If they are not those that were written.
     """
     try:
+        # Of use again: a start that has read them may be on its way to an anchor that is made from them.
+        with contextlib.suppress(OSError):
+            path.touch()
         records = list(read_lines(path))
         texts = [record["text"] for record in records]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a text that is no string")
         if len(texts) != size:
             raise ValueError(f"{len(texts)} texts")
         digest = text_digest(texts)

@@ -295,7 +295,7 @@ class GeReMixin(_Parent):
         # A backward pass begins with the later call, and has all of its gradients before the activations of the
         # earlier one go. So the replay rows, mostly the fewer ones, come first.
         replay_parts = [session.replay_part(self.model_wrapped, step, share)] if step.replay else []
-        # The parent gets its arguments in the form that the caller chose: classes differ in their order and their names.
+        # The parent gets its arguments in the form that the caller chose: classes differ in order and names.
         with steps.held():
             found = parent(*args, **kwargs)
         loss, *outputs = found if isinstance(found, tuple) else (found,)

@@ -16,14 +16,10 @@ from watching import Watch, train_logs
 from gere import GeReConfig, gere_trainer
 from gere.errors import UnsupportedSettingError
 
-trl = pytest.importorskip("trl")
-if trl.__version__.startswith("0."):
-    pytest.skip("needs TRL 1", allow_module_level=True)
-
-from trl.experimental.cpo import CPOConfig, CPOTrainer
-from trl.experimental.gkd import GKDConfig, GKDTrainer
-from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+trl = pytest.importorskip("trl", minversion="1.16")
+CPO, GKD, ORPO, ONLINE_DPO = (
+    pytest.importorskip(f"trl.experimental.{name}") for name in ("cpo", "gkd", "orpo", "online_dpo")
+)
 
 BATCH, ACCUMULATION, REPLAY = 4, 2, 5
 ROWS = range(24)
@@ -55,17 +51,35 @@ KINDS: dict[str, tuple[type, type, dict[str, Any], dict[str, Any], dict[str, Any
     "SFT": (trl.SFTTrainer, trl.SFTConfig, {}, {"messages": MESSAGES}, {}),
     "DPO": (trl.DPOTrainer, trl.DPOConfig, {}, PAIRS, {}),
     "KTO": (trl.KTOTrainer, trl.KTOConfig, {}, LABELS, {}),
-    "ORPO": (ORPOTrainer, ORPOConfig, {"max_length": 48}, PAIRS, {}),
-    "CPO": (CPOTrainer, CPOConfig, {"max_length": 48}, PAIRS, {}),
-    "GKD, lmbda 0": (GKDTrainer, GKDConfig, {"lmbda": 0.0}, {"messages": MESSAGES}, {"teacher_model": teacher}),
-    "GKD, lmbda 0.5": (GKDTrainer, GKDConfig, {"lmbda": 0.5}, {"messages": MESSAGES}, {"teacher_model": teacher}),
-    "GKD, lmbda 1": (GKDTrainer, GKDConfig, {"lmbda": 1.0}, {"messages": MESSAGES}, {"teacher_model": teacher}),
+    "ORPO": (ORPO.ORPOTrainer, ORPO.ORPOConfig, {"max_length": 48}, PAIRS, {}),
+    "CPO": (CPO.CPOTrainer, CPO.CPOConfig, {"max_length": 48}, PAIRS, {}),
+    "GKD, lmbda 0": (
+        GKD.GKDTrainer,
+        GKD.GKDConfig,
+        {"lmbda": 0.0},
+        {"messages": MESSAGES},
+        {"teacher_model": teacher},
+    ),
+    "GKD, lmbda 0.5": (
+        GKD.GKDTrainer,
+        GKD.GKDConfig,
+        {"lmbda": 0.5},
+        {"messages": MESSAGES},
+        {"teacher_model": teacher},
+    ),
+    "GKD, lmbda 1": (
+        GKD.GKDTrainer,
+        GKD.GKDConfig,
+        {"lmbda": 1.0},
+        {"messages": MESSAGES},
+        {"teacher_model": teacher},
+    ),
     "GRPO": (trl.GRPOTrainer, trl.GRPOConfig, {"num_generations": 2}, PROMPTS, {"reward_funcs": lengths_of}),
     "RLOO": (trl.RLOOTrainer, trl.RLOOConfig, {"num_generations": 2}, PROMPTS, {"reward_funcs": lengths_of}),
     "Distillation": (trl.DistillationTrainer, trl.DistillationConfig, {}, PROMPTS, {"teacher_model": teacher}),
 }
-LENGTHS = {GKDConfig: {"max_length": 48, "max_new_tokens": 5}}
-LENGTHS |= dict.fromkeys([trl.GRPOConfig, trl.RLOOConfig, trl.DistillationConfig], {"max_completion_length": 5})
+LENGTHS = {GKD.GKDConfig: {"max_length": 48, "max_new_tokens": 5}}
+LENGTHS |= {kind: {"max_completion_length": 5} for kind in (trl.GRPOConfig, trl.RLOOConfig, trl.DistillationConfig)}
 ADD_BY_THEMSELVES = ("GRPO", "RLOO", "Distillation")
 
 
@@ -174,7 +188,13 @@ def test_a_loader_of_ones_own(tmp_path, general, name):
 def test_a_trainer_that_never_asks_for_its_loss_is_refused_by_name(tmp_path, general, monkeypatch):
     """OnlineDPO computes its loss inside its training step, where replay cannot join it."""
     own = {"max_length": 48, "max_new_tokens": 5}
-    kind = (OnlineDPOTrainer, OnlineDPOConfig, own, PROMPTS, {"reward_funcs": lengths_of, "ref_model": load_tiny()})
+    kind = (
+        ONLINE_DPO.OnlineDPOTrainer,
+        ONLINE_DPO.OnlineDPOConfig,
+        own,
+        PROMPTS,
+        {"reward_funcs": lengths_of, "ref_model": load_tiny()},
+    )
     monkeypatch.setitem(KINDS, "OnlineDPO", kind)
     assert trained(make(tmp_path, "OnlineDPO"))["loss"] > 0
     ours = make(tmp_path, "OnlineDPO", mode="add", texts=general)

@@ -90,6 +90,7 @@ class GeReMixin(_Parent):
         train_dataset: Any
         data_collator: Any
         _get_train_sampler: Any
+        training_step: Any
 
     def __init__(
         self,
@@ -129,6 +130,8 @@ class GeReMixin(_Parent):
         if type(self).compute_loss is not GeReMixin.compute_loss:
             # A subclass of this one has its own loss, which knows task rows alone. Replay goes around it.
             self.compute_loss = partial(self._gere_loss, partial(type(self).compute_loss, self))  # type: ignore[method-assign]
+        # On the instance, so that it is the outermost even if a subclass of this class has its own.
+        self.training_step = partial(self._gere_training_step, self.training_step)
         self.add_callback(ReplayCallback(self._gere_begin, self._gere_close_step, self._gere_end_step))
 
     @property
@@ -196,7 +199,7 @@ class GeReMixin(_Parent):
             asked.append(sampler)
             return sampler
 
-        with self._gere_data(mixed, MixedCollator(collator, mixed.dummy), sampler=give_sampler):
+        with self._gere_data(mixed, MixedCollator(collator), sampler=give_sampler):
             loader = super().get_train_dataloader()
         if asked:
             return loader
@@ -219,7 +222,7 @@ class GeReMixin(_Parent):
             seed=self._gere_seed,
             micro_batch_size=self._train_batch_size,
             world_size=ranks,
-            task_order=parent_order(parent, self._gere_seed),
+            task_order=parent_order(parent, self._gere_seed, seedable=self.accelerator.use_seedable_sampler),
             tasks_per_epoch=len(parent),
             replay_lengths=plan.lengths,
         )
@@ -285,24 +288,34 @@ class GeReMixin(_Parent):
             accumulation=self.args.gradient_accumulation_steps,
         )
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loss of the parent for the task rows, and of the replay rows of the micro-step, each with its share."""
-        return self._gere_loss(super().compute_loss, model, inputs, *args, **kwargs)
+    def _gere_training_step(self, parent: Callable[..., Tensor], /, *args: Any, **kwargs: Any) -> Tensor:
+        """Train on a micro-step as the parent does; it knows nothing of one that has replay rows alone."""
+        if not (self._gere_steps.open and self._gere_steps.replay_alone):
+            return parent(*args, **kwargs)
+        self._prepare_inputs = lambda inputs: inputs  # type: ignore[method-assign]
+        try:
+            return Trainer.training_step(self, *args, **kwargs)
+        finally:
+            del self._prepare_inputs
 
-    def _gere_loss(self, parent: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Loss of the parent for the task rows, and of the replay rows of the micro-step, each with its share."""
+        return self._gere_loss(super().compute_loss, *args, **kwargs)
+
+    def _gere_loss(self, parent: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         session, steps = self._gere_session, self._gere_steps
         # An evaluation computes losses without gradients, and those are the parent's alone.
         if session is None or not (steps.open and torch.is_grad_enabled()):
-            return parent(model, inputs, *args, **kwargs)
+            return parent(*args, **kwargs)
         step, share = steps.take(), steps.share
         if not step.rows.all_task:
-            return session.replay_part(model, step, share)
+            return session.replay_part(self.model_wrapped, step, share)
         # A backward pass begins with the later call, and has all of its gradients before the activations of the
         # earlier one go. So the replay rows, mostly the fewer ones, come first.
-        replay_parts = [session.replay_part(model, step, share)] if step.replay else []
-        # The parent gets its arguments in the form that Trainer chose: classes differ in their order and their names.
+        replay_parts = [session.replay_part(self.model_wrapped, step, share)] if step.replay else []
+        # The parent gets its arguments in the form that the caller chose: classes differ in order and names.
         with steps.held():
-            found = parent(model, inputs, *args, **kwargs)
+            found = parent(*args, **kwargs)
         loss, *outputs = found if isinstance(found, tuple) else (found,)
         total = sum(replay_parts, session.task_part(loss, step.rows.task, share))
         return (total, *outputs) if outputs else total

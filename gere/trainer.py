@@ -241,7 +241,7 @@ class GeReMixin(_Parent):
             if not self._gere_why_added:
                 self._gere_add_from_now_on(OWN_LOADER)
             parts = self._gere_added_parts(len(samples))
-        items = _compat.usable_count(self, items)
+        labels, items = items, _compat.usable_count(self, items)
         divisor = len(parts) if _compat.divides_by_accumulation(self, items) else None
         share = share_of(
             [rows for rows, _ in parts],
@@ -251,7 +251,7 @@ class GeReMixin(_Parent):
         )
         self._gere_steps.begin([session.micro_step(*part) for part in parts], share)
         if share.task_rows:
-            session.meters.step()
+            session.meters.step(None if items is None else labels)
         return samples, items
 
     def _gere_added_parts(self, micro_steps: int) -> list[tuple[RowCounts, list[int]]]:

@@ -1,5 +1,7 @@
 """Which label an answer stands for: labels are never confused, and no right answer is lost to its form."""
 
+# ruff: noqa: RUF001
+
 from __future__ import annotations
 
 import json
@@ -103,8 +105,8 @@ def test_a_right_answer_that_is_no_label_is_refused():
 @pytest.fixture
 def task_of(tmp_path):
     def make(outputs, *, dev=None, labels=None, name="own"):
-        for part, given in (("train", outputs), ("dev", dev or outputs)):
-            rows = [{"input": f"question {i}:", "output": output} for i, output in enumerate(given)]
+        for part, texts in (("train", outputs), ("dev", dev or outputs)):
+            rows = [{"input": f"question {i}:", "output": output} for i, output in enumerate(texts)]
             (tmp_path / f"{name}.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         entry = {"train": f"{tmp_path}/{name}.train.jsonl", "dev": f"{tmp_path}/{name}.dev.jsonl", "name": name}
         entry |= {"labels": labels} if labels else {}

@@ -20,10 +20,11 @@ from typing import Any
 from gere._files import canonical_json, flat, make_folder, write_atomic
 from gere.continual.answers import Scores
 from gere.errors import ConfigError
+from gere.session.resume import STATE_FILE, checkpoints_in, torn
 
 FORMAT = 1
 MATRIX_FILE, SEQUENCE_FILE = "matrix.json", "sequence.json"
-LOG_FILE, STATE_FILE = "logs.jsonl", "trainer_state.json"
+LOG_FILE = "logs.jsonl"
 MODEL, TEMPORARY = "model", ".model.tmp"
 
 
@@ -127,7 +128,7 @@ class RunFolder:
 
     def checkpoint(self, index: int) -> Path | None:
         """Return the last checkpoint that a task can resume from, and remove later ones; `None` if there is none."""
-        found = sorted(self.task(index).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        found = checkpoints_in(self.task(index))
         while found:
             if _has_steps_left(found[-1]):
                 return found[-1]
@@ -162,13 +163,11 @@ class RunFolder:
 
 def _has_steps_left(checkpoint: Path) -> bool:
     """Return whether a checkpoint is whole, and not that of the last step."""
-    try:
-        # `Trainer` writes this file last, so a kill in the middle of a checkpoint leaves none.
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        # Resumed from the last step, `Trainer` would take a step too many.
-        return state["global_step"] < state["max_steps"]
-    except (OSError, ValueError, KeyError, TypeError):
+    if torn(checkpoint):
         return False
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    # Resumed from the last step, a plain `Trainer` would take a step too many.
+    return bool(state["global_step"] < state["max_steps"])
 
 
 def _unlike(file: Path, expected: str, found: str) -> ConfigError:

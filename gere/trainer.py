@@ -33,7 +33,6 @@ from gere.session.callbacks import LineCallback, ReplayCallback
 from gere.session.checkpoint import (
     base_digest,
     base_of_checkpoint,
-    checkpoints_in,
     loaded_key,
     read_key,
     remember,
@@ -54,6 +53,7 @@ from gere.session.line import (
     require_measures,
 )
 from gere.session.plan import ReplayPlan, make_plan, replay_settings
+from gere.session.resume import adapters_arriving, last_whole, require_arrived, require_whole
 from gere.session.session import ReplaySession, begin_session
 from gere.session.step import Steps, added_parts, share_of
 from gere.session.summary import ReplayFacts, advice_of, append_to_card, facts_of, opening
@@ -108,6 +108,7 @@ class GeReMixin(_Parent):
         self._gere_session: ReplaySession | None = None
         self._gere_steps = Steps(type(self).__name__)
         self._gere_checkpoint: Path | None = None
+        self._gere_loads_from: Path | None = None
         self._gere_why_added = ""
         self._gere_line: TrainedLine | None = None
         decay = self._gere.config.base_decay
@@ -144,15 +145,16 @@ class GeReMixin(_Parent):
         return facts_of(self._gere, rows, plan, self._gere_session, self.state.log_history, advice)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the parent does; a checkpoint names the anchor of its run."""
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            # Of all that are there, one that a kill has cut is none. The parent says so where there is no other.
-            whole = [path for path, state in checkpoints_in(Path(str(self.args.output_dir))) if state is not None]
-            checkpoint = resume_from_checkpoint = str(whole[-1]) if whole else True
+        """Train as the parent does; a checkpoint names the anchor of its run, and `True` takes the last whole one."""
         self._gere_checkpoint = None
-        if checkpoint and checkpoint is not True:
-            self._gere_checkpoint = Path(str(checkpoint))
+        if resume_from_checkpoint is True:
+            self._gere_checkpoint = last_whole(Path(str(self.args.output_dir)), _compat.ranks_of(self))
+        elif resume_from_checkpoint:
+            self._gere_checkpoint = Path(str(resume_from_checkpoint))
+            require_whole(self._gere_checkpoint)
+        if self._gere_checkpoint is not None:
+            resume_from_checkpoint = str(self._gere_checkpoint)
+        self._gere_loads_from = self._gere_checkpoint
         for callback in self._gere_abilities():
             callback.bind(self)
         if chooses(self._gere.config):
@@ -242,8 +244,30 @@ class GeReMixin(_Parent):
             logger.warning(what, self._gere_rows, why)
         self._gere_why_added = why
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights as the parent does, and make sure that those of an adapter arrive."""
+        inner: Any = self.model if model is None else model
+        with adapters_arriving(inner, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint as the parent does, and make sure that it arrives."""
+        self._gere_loads_from = Path(str(self.state.best_model_checkpoint))
+        with adapters_arriving(self.model, self._gere_loads_from):
+            super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse what the parent would warn of, where it means wrong weights."""
+        if self._gere_loads_from is not None:
+            require_arrived(self.model, load_result.missing_keys, load_result.unexpected_keys, self._gere_loads_from)
+        super()._issue_warnings_after_load(load_result)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
         """Collect the batches of one optimizer step as the parent does, and keep their replay rows aside."""
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from its last step: the parent looks whether it is done only after one step more.
+            self.control.should_training_stop = True
+            return [], None
         session = self._gere_session
         if session is None:
             return super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
@@ -262,7 +286,7 @@ class GeReMixin(_Parent):
             if not self._gere_why_added:
                 self._gere_add_from_now_on(OWN_LOADER)
             parts = self._gere_added_parts(len(samples))
-        items = _compat.usable_count(self, items)
+        labels, items = items, _compat.usable_count(self, items)
         divisor = len(parts) if _compat.divides_by_accumulation(self, items) else None
         share = share_of(
             [rows for rows, _ in parts],
@@ -272,7 +296,7 @@ class GeReMixin(_Parent):
         )
         self._gere_steps.begin([session.micro_step(*part) for part in parts], share)
         if share.task_rows:
-            session.meters.step()
+            session.meters.step(None if items is None else labels)
         return samples, items
 
     def _gere_added_parts(self, micro_steps: int) -> list[tuple[RowCounts, list[int]]]:

@@ -22,7 +22,7 @@ from gere.ranks import ALONE, Ranks
 
 ANCHOR_FILE, WEIGHT_FILE, BASE_FILE = "gere_anchor.json", "gere_weight.json", "gere_base.json"
 LIVE = "live"
-STATE_FILE, CHECKPOINT = "trainer_state.json", re.compile(r"checkpoint-\d{1,18}")
+STATE_FILE = "trainer_state.json"
 REMEMBERED = "_gere_base"  # attribute of a model in memory
 T = TypeVar("T")
 KEY = re.compile("[0-9a-f]{32}")
@@ -54,20 +54,6 @@ class RunState(NamedTuple):
 def read_state(folder: Path, fail: Fail) -> RunState:
     """Read the state of a training in its output folder or in a checkpoint, or raise what `fail` makes."""
     return read_record(folder / STATE_FILE, RunState, fail, most=2**30, others=True)
-
-
-def checkpoints_in(folder: Path) -> list[tuple[Path, RunState | None]]:
-    """Find the checkpoints of a training, in the order of their steps; one that a kill has cut has no state."""
-    found = []
-    with folder_errors(folder):
-        paths = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-    for path in sorted(paths, key=lambda path: int(path.name.rpartition("-")[2])):
-        try:
-            state = read_state(path, partial(_corrupt, fix=""))
-        except CacheCorruptError:
-            state = None
-        found.append((path, state))
-    return found
 
 
 def write_key(folder: Path, key: str, base_decay: float = 0.0) -> None:

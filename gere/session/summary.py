@@ -184,6 +184,8 @@ def _general_sentence(history: Sequence[Log], texts: int | None, advice: str) ->
             "10 texts or more to replay."
         )
     loss, change = measured[-1][LOSS], measured[-1][CHANGE]
+    if not math.isfinite(change):
+        return f"Broken: the general loss is {loss}. The model gives no finite numbers any more."
     half = measured[-1].get(INTERVAL, math.nan)
     low, high = change - half, change + half
     on = f"{texts} texts" if texts else "texts"

@@ -1,9 +1,11 @@
-"""Files: written whole or not at all, hashed, never pickled; one reader for JSON lines and one for settings."""
+"""Files: written whole or not at all, hashed, never pickled; one way to open a text, JSON lines and settings."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -11,9 +13,11 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gere.errors import CacheFolderError
+
+MARK = "\ufeff"  # before a text that a Windows editor wrote
 
 
 def canonical_json(content: Any) -> bytes:
@@ -34,21 +38,26 @@ def file_sha256(path: Path) -> str:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a start after a kill, sees all of it or nothing; errors as `folder_errors`."""
+    """Write a file as `write_whole` does; errors as `folder_errors`."""
+    with folder_errors(path.parent):
+        write_whole(path, content)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a start after a kill, sees all of it or nothing."""
     # In the same folder, since a rename is atomic within one file system only. The name is unique, since several
     # processes may write the same file.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with folder_errors(path.parent):
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                # Without this, a loss of power after the rename can leave the final name on an empty file.
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            # Without this, a loss of power after the rename can leave the final name on an empty file.
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -63,14 +72,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a cache folder with its parents; one that is a file or cannot be created is a `CacheFolderError`."""
+    """Create a folder with its parents; one that is a file or cannot be created is a `CacheFolderError`."""
     if folder.exists() and not folder.is_dir():
         raise CacheFolderError(
-            "The cache folder is a file.",
+            "The folder to write to is a file.",
             where=folder,
             expected="a folder, or a path where one can be made",
             found="a file",
-            fix="Set gere_hidden_state_saving_dir to another path.",
+            fix="Give another path; that of the anchors is gere_hidden_state_saving_dir.",
         )
     with folder_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,17 +104,31 @@ def folder_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what, expected = "The cache folder cannot be written.", "a folder that this process may write to"
+        what, expected = "The folder cannot be written.", "a folder that this process may write to"
         # A quota fails like a full disk, and needs the same fix.
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what, expected = "The disk of the cache folder is full.", "free space"
+            what, expected = "The disk of the folder is full.", "free space"
         raise CacheFolderError(
             what,
             where=folder,
             expected=expected,
             found=f"{type(error).__name__}: {error.strerror or error}",
-            fix="Free some space, or set another folder: gere_hidden_state_saving_dir, for a saved model output_dir.",
+            fix="Free some space, or give another folder; that of the anchors is gere_hidden_state_saving_dir.",
         ) from error
+
+
+def open_text(path: Path, newline: str = "\n") -> TextIO:
+    """Open a file as text, packed (.gz, .bz2, .xz, .zst) or not: UTF-8, or UTF-16 where its mark says so.
+
+    The mark is no part of the text. Half a surrogate pair is let through.
+    """
+    from fsspec.implementations.local import LocalFileSystem
+
+    raw = LocalFileSystem().open(str(path), "rb", compression="infer")
+    marked = raw.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    raw.seek(0)
+    encoding = "utf-16" if marked else "utf-8-sig"
+    return io.TextIOWrapper(raw, encoding=encoding, errors="surrogatepass", newline=newline)
 
 
 def read_lines(path: Path) -> Iterator[Any]:
@@ -119,13 +142,15 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
     A line that is not JSON is a `ValueError` with its number; an `OSError` is left as it is.
     """
-    # Only "\n" ends a line: U+2028 and its like are part of a text. `utf-8-sig` skips the mark of Windows editors.
-    with path.open(encoding="utf-8-sig", errors="surrogatepass", newline="\n") as lines:
+    # Only "\n" ends a line: U+2028 and its like are part of a text.
+    with open_text(path) as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            # Files that were put together have a mark in their middle.
+            content = line.lstrip(MARK)
+            if not content.strip():
                 continue
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(content)
             # Brackets that are nested too deep raise a RecursionError.
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} of the file: {error}") from error
@@ -135,7 +160,8 @@ def read_settings(path: Path) -> Any:
     """Return the content of a YAML or JSON file; one that is neither is a `ValueError`."""
     import yaml
 
-    text = path.read_text(encoding="utf-8-sig")
+    with open_text(path) as stream:
+        text = stream.read()
     try:
         if path.suffix == ".json":
             return json.loads(text)

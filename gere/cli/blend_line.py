@@ -22,7 +22,7 @@ from gere.config import require
 from gere.errors import GeReError, MissingPackageError
 from gere.evaluation.examples import read_examples
 from gere.evaluation.general import GeneralChange
-from gere.replay.texts import Source, read_texts
+from gere.replay.texts import Source, read_rows
 
 
 def blend(options: argparse.Namespace) -> int:
@@ -63,10 +63,10 @@ def _find_base(tuned: Stored, options: argparse.Namespace) -> Stored:
 
 def _walk(line: Line, base: str | None, options: argparse.Namespace) -> Walk | None:
     """Load what is needed to measure; `None` if nothing is to be measured."""
-    texts, examples = [], []
+    texts: list[Any] = []
+    examples = []
     if options.texts is not None:
-        require(Path(options.texts).exists(), "--texts", "a file of texts", options.texts)
-        texts = read_texts(Source(options.texts, "--texts", None, "train", options.column), Path())
+        texts = read_rows(Source(options.texts, f"--texts {options.texts}", column=options.column, settings="--"))
         if options.budget is not None:
             require(len(texts) > 1, "--texts", "two texts or more, so that there is an interval", f"{len(texts)} text")
     if options.task_file is not None:

@@ -17,7 +17,7 @@ from gere.blend.match import find_line
 from gere.blend.measure import Measured, Walk, require_finite
 from gere.blend.pairs import Line
 from gere.cli.blend_plot import draw, figure_class
-from gere.cli.loading import load_model, load_tokenizer
+from gere.cli.loading import load_model, load_tokenizer, measuring_device
 from gere.config import require
 from gere.errors import GeReError, MissingPackageError
 from gere.evaluation.examples import read_examples
@@ -73,8 +73,7 @@ def _walk(line: Line, base: str | None, options: argparse.Namespace) -> Walk | N
         examples = read_examples(options.task_file)
     if not texts and not examples:
         return None
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = options.dtype or {"cpu": "float32"}.get(device.type, "auto")
+    device, dtype = measuring_device(options.device, options.dtype)
     model = _load(line, base, dtype, device)
     tokenizer = load_tokenizer(_with_tokenizer(line.tuned.name, base), option="TUNED")
     return Walk(line, model, tokenizer, Measured(texts, examples, options.max_length))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from gere.cli.blend import add_blend
 from gere.cli.cache import add_cache
@@ -18,7 +19,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Make the parser of all commands."""
     text = "Replay files, anchors, reports and blends for training with gere."
     parser = argparse.ArgumentParser(prog="gere", description=text)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"gere {version('gere')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for add in (add_cache, add_replay, add_sequence, add_report, add_blend):
         add(commands)
     return parser
@@ -33,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 after an error of this library, which is shown without a traceback.
     """
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
     try:
         return options.run(options)
     except GeReError as error:

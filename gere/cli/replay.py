@@ -104,6 +104,7 @@ def _source(word: str, size: int | None, config: GeReConfig) -> GeReConfig:
         sound = bool(name) and number.isascii() and number.isdecimal() and int(number) > 0
         require(sound, "--source", "SOURCE=N with a whole number N of at least 1", word)
         size = int(number)
+    require(size is None or size > 0, "--size", "a whole number of at least 1", size)
     dataset = None if name == HUB else name
     return dataclasses.replace(config, replay_dataset=dataset, replay_size=size)
 
@@ -167,14 +168,11 @@ def _records(word: str, config: GeReConfig, options: argparse.Namespace, tokeniz
 
 def _sample(config: GeReConfig, options: argparse.Namespace, tokenizer: Any, folder: Path) -> list[str]:
     """Let the base model write texts, or read those that it wrote into `folder` before."""
-    import torch
-
-    from gere.cli.loading import load_model
+    from gere.cli.loading import load_model, measuring_device
     from gere.replay.written import own_texts
     from gere.session.checkpoint import ANCHOR_FILE, loaded_key
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = options.dtype or {"cpu": "float32"}.get(device.type, "auto")
+    device, dtype = measuring_device(options.device, options.dtype)
     model = load_model(options.model, dtype, device)
     if loaded_key(model) is not None:
         raise ConfigError(

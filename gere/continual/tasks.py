@@ -55,7 +55,7 @@ def read_task(entry: Any, settings: SequenceSettings) -> Task:
     given = _paths(entry, settings.task_dir)
     files = (Path(given["train"]), Path(given["dev"]))
     name = str(given.get("name") or files[0].name.removesuffix(".jsonl").removesuffix(".train"))
-    train, dev = read_task_rows(files[0]), read_task_rows(files[1])
+    train, dev = read_task_rows(files[0], "tasks"), read_task_rows(files[1], "tasks")
     labels = given.get("labels") or sorted({row.output for row in [*train, *dev]})
     # YAML reads a label such as yes or 1 as another type.
     labels = tuple(map(str, labels))

@@ -47,17 +47,19 @@ class Example(NamedTuple):
     output: str
 
 
-def read_task_rows(path: Path) -> list[TaskRow]:
+def read_task_rows(path: Path, setting: str) -> list[TaskRow]:
     """Read records with `output`, and `instruction`, `input` or both; a number is read as its text.
+
+    Messages name the `setting` that names the file.
 
     Raises:
         ConfigError: If the file cannot be read, has no rows, or a row lacks a field.
     """
-    rows = take(read_records(path, ConfigError), _task_row, error=ConfigError, expected=SHAPE)
+    rows = take(read_records(path, ConfigError, setting), _task_row, error=ConfigError, expected=SHAPE)
     if not rows:
         raise ConfigError(
             "A file of task rows is empty.",
-            where=path,
+            where=f"{setting}, {path}",
             expected=f"rows, each {SHAPE}",
             found="no rows",
             fix="Correct the path or the file.",
@@ -67,7 +69,7 @@ def read_task_rows(path: Path) -> list[TaskRow]:
 
 def read_examples(path: Path) -> list[Example]:
     """Read task rows as `read_task_rows` does, with instruction and input joined as they stand."""
-    return [Example(row.prompt, row.output) for row in read_task_rows(path)]
+    return [Example(row.prompt, row.output) for row in read_task_rows(path, "--task-file")]
 
 
 def example_losses(

@@ -82,7 +82,7 @@ def read_questions(source: str | Path, limit: int | None = None) -> list[Questio
             fix=f'Give a .jsonl file, or the task lm-eval:{source} after pip install "gere[lm-eval]".',
         )
     # All are read before some are taken: a damaged file is refused whatever the limit is.
-    questions = take(read_records(path, QuestionError), _question, error=QuestionError, expected=SHAPE)
+    questions = take(read_records(path, QuestionError, "questions"), _question, error=QuestionError, expected=SHAPE)
     if not questions:
         raise QuestionError("There are no questions.", where=source, expected=f"rows of {SHAPE}", found="none")
     return spread(questions, limit)

@@ -48,13 +48,14 @@ def kind_of(path: Path) -> str:
     return path.suffix.lower()
 
 
-def read_records(path: Path, error: type[GeReError]) -> Iterator[Record]:
+def read_records(path: Path, error: type[GeReError], setting: str) -> Iterator[Record]:
     """Yield the rows of a file, and read no more of it than is asked for.
 
     Args:
         path: JSON lines (.jsonl, .ndjson, .json), a JSON list (.json), a table with a header (.csv, .tsv, .parquet) or
             a text a line (.txt); each but .parquet also packed (.gz, .bz2, .xz; .zst with the package zstandard).
         error: Class of the error for a file that cannot be read.
+        setting: What names the file, for the error.
     """
     try:
         kind = kind_of(path)
@@ -67,7 +68,7 @@ def read_records(path: Path, error: type[GeReError]) -> Iterator[Record]:
     except Exception as caught:  # packers and pyarrow have errors of their own
         raise error(
             "A file of rows cannot be read.",
-            where=path,
+            where=setting if str(path) in setting else f"{setting}, {path}",
             expected=f"rows, in UTF-8: {', '.join(FORMATS)}, packed ({', '.join(PACKED)}) or not",
             found=f"{type(caught).__name__}: {caught}",
             fix="Correct the path or the file. Several files are a list of paths, or a pattern such as texts/*.jsonl.",

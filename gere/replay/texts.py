@@ -226,7 +226,7 @@ def _named(source: Source, cache_folder: Path | None) -> Iterator[Record]:
         yield from _folder(source, path)
     elif path.is_file() or (known and not glob.has_magic(name)):
         # A missing file of a known kind is a wrong path. It must not be looked up on the hub.
-        yield from read_records(path, ReplaySetError)
+        yield from read_records(path, ReplaySetError, source.where)
     elif glob.has_magic(name):
         found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (`Path.glob` takes no absolute pattern)
         if not found:

@@ -1,4 +1,4 @@
-"""Texts, whatever they come as: the same rows from every file, chats as TRL reads them, and nothing taken for a text."""
+"""Texts, whatever they come as: the same from every file, chats as TRL reads them, and nothing taken for a text."""
 
 from __future__ import annotations
 
@@ -197,11 +197,11 @@ def test_tasks_questions_and_examples_are_read_from_every_format(tmp_path):
 
 
 def test_a_file_is_read_as_far_as_it_is_needed(tmp_path):
-    lines = json_lines({"text": f"text number {row}"} for row in range(20000))
+    lines = json_lines({"text": f"text number {row}"} for row in range(3000))
     for name, content in (("a.jsonl", lines), ("a.json", f"[{lines.strip().replace(chr(10), ',')}")):
         (tmp_path / name).write_text(content + '{"text": "cut')
         assert len(read(tmp_path / name, tmp_path, replay_size=3)) == 3
-        with pytest.raises(ReplaySetError, match=r"line (20001|1) of the file"):
+        with pytest.raises(ReplaySetError, match=r"line (3001|1) of the file"):
             read(tmp_path / name, tmp_path)
 
 
@@ -328,7 +328,7 @@ def test_a_row_has_one_bos(chatty, tmp_path):
 def test_chats_of_the_hub_are_kept_for_every_template(chatty, tokenizer, tmp_path, monkeypatch):
     asked = []
 
-    def load_dataset(name, **settings):
+    def load_dataset(path, **settings):
         asked.append(settings)
         return [{"messages": CHAT}, {"prompt": "a b", "completion": "c"}, {"text": "d e"}]
 
@@ -417,7 +417,7 @@ def test_the_bare_command_and_its_version(capsys):
 def test_active_dropout_is_said_with_its_number(make_trainer, caplog, tokenizer):
     caplog.set_level("INFO", "gere")
     make_trainer().train()
-    assert "dropout" not in caplog.text
+    assert "starts above 0" not in caplog.text
     sizes = {"vocab_size": len(tokenizer), "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2}
     torch.manual_seed(0)
     trainer = make_trainer(model=GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.2, attn_pdrop=0.0)))

@@ -197,7 +197,7 @@ def test_own_data_loader_gets_added_rows_or_is_refused(make_trainer):
 
 def test_texts_that_general_loss_cannot_use(model, tokenizer):
     for texts in ("one string", [], ["", ""]):
-        with pytest.raises(ReplaySetError, match="no general text|is empty"):
+        with pytest.raises(ReplaySetError, match=r"no general text|is empty"):
             general_loss(model, tokenizer, texts)
 
 

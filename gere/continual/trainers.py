@@ -130,6 +130,8 @@ def _as_number(name: str, value: Any) -> Any:
         whole = isinstance(value, int) or (isinstance(value, float) and float in kinds)
         expected = " or ".join(sorted(kind.__name__ for kind in kinds))
         require(whole and (isinstance(value, bool) <= (bool in kinds)), f"training.{name}", expected, value)
+        # The data loader would refuse it, far from here.
+        require(value >= 1 or not name.endswith("batch_size"), f"training.{name}", "1 or more", value)
     return value
 
 

@@ -111,7 +111,7 @@ def _task_row(record: Record) -> TaskRow | None:
             return None
         raise ValueError(f"a value of type {type(record.value).__name__}, which is no record")
     fields = {name: record.value.get(name) for name in TaskRow._fields}
-    if blank(fields):
+    if blank(record.value) or (blank(fields) and not fields.keys().isdisjoint(record.value)):
         return None
     for names in (("instruction", "input"), ("output",)):
         values = [fields[name] for name in names]

@@ -83,13 +83,17 @@ class GeReConfig:
 
     replay_dataset: Any = _setting(
         None,
-        "General texts: a file (.jsonl, .json, .parquet, or .txt with one text a line), a folder or hub name for "
-        'datasets.load_dataset, a datasets.Dataset, a list of strings or records, or "self" for texts that the base '
-        "model samples before training. The default is the first 1,000 texts of DKYoon/SlimPajama-6B.",
+        "General texts or chats: a file (.jsonl, .json, .csv, .tsv, .parquet, or .txt with one text a line), a folder "
+        "or hub name for datasets.load_dataset, a datasets.Dataset, a list of texts, of records or of paths, or "
+        '"self" for texts that the base model samples before training. The default is the first 1,000 texts of '
+        "DKYoon/SlimPajama-6B.",
         example="general.jsonl",
     )
     replay_split: str = _setting("train", "Split of a hub data set.")
-    replay_column: str = _setting("text", "Column or JSON key that holds the text.")
+    replay_subset: str | None = _setting(
+        None, "Configuration of a hub data set that has several.", example="wikitext-2-raw-v1"
+    )
+    replay_column: str = _setting("text", "Column or JSON key that holds the text, or the messages of a chat.")
     replay_size: int | None = _setting(
         None,
         "Use the first N texts. The default is all texts of a file, folder, dataset or list, and 1,000 texts of a hub "
@@ -216,12 +220,14 @@ class GeReConfig:
         require(known, "gere_config.add_bos", "True, False or None", self.add_bos)
         words = {
             "replay_split": "a name",
+            "replay_subset": "a name, or None",
             "replay_column": "a name",
             "anchor": '"auto", "live" or the key of an anchor',
         }
         for name, expected in words.items():
             value = getattr(self, name)
-            require(isinstance(value, str) and bool(value), f"gere_config.{name}", expected, value)
+            named = isinstance(value, str) and bool(value)
+            require(named or (value is None and name == "replay_subset"), f"gere_config.{name}", expected, value)
         most = f"at most {MOST_KEPT}, since all others count as one"
         require(self.kl_top_k <= MOST_KEPT, "gere_config.kl_top_k", most, self.kl_top_k)
         budget = self.forgetting_budget

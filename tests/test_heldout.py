@@ -66,7 +66,7 @@ def test_texts_of_the_user_are_measured_in_place_of_a_part(tokenizer, tmp_path, 
     with pytest.raises(ReplaySetError, match=r"heldout_dataset[\s\S]*Leave heldout_dataset out"):
         load_replay_set(GeReConfig(replay_dataset=general, heldout_dataset=general), tokenizer, tmp_path)
     with pytest.raises(ReplaySetError, match=r"gere_config\.heldout_dataset"):
-        load_replay_set(GeReConfig(replay_dataset=general, heldout_dataset=["one", ""]), tokenizer, tmp_path)
+        load_replay_set(GeReConfig(replay_dataset=general, heldout_dataset=[None, ""]), tokenizer, tmp_path)
     with pytest.raises(ConfigError, match="heldout_dataset"):
         GeReConfig(heldout_dataset="self")
     with pytest.raises(ConfigError, match="replay_heldout"):

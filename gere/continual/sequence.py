@@ -29,7 +29,7 @@ from gere.continual.trainers import (
 )
 from gere.errors import ConfigError
 from gere.evaluation.callback import GeneralAbilityCallback
-from gere.replay.texts import read_file
+from gere.replay.texts import Source, read_rows
 
 Measure = Callable[[Any, Any], dict[str, float]]
 MULTITASK = "multitask"
@@ -212,9 +212,7 @@ def _measures(settings: SequenceSettings) -> list[Measure]:
     """Make the measures that `general` and the section `ability` ask for."""
     found: list[Measure] = []
     if settings.general is not None:
-        # By the rules of replay files.
-        texts = read_file(Path(settings.general), "text")[: settings.general_rows]
-        require(None not in texts, "general", f"a text in each record of {settings.general}", None)
+        texts = read_rows(Source(settings.general, "general"))[: settings.general_rows]
         found.append(GeneralAbilityCallback(texts, max_length=settings.max_length).measure)
     if settings.ability:
         known = [name for name in inspect.signature(GeneralAbilityCallback).parameters if name != "texts"]

@@ -9,33 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gere._files import numbered_lines
 from gere.config import require
 from gere.continual.answers import Labels, text_of
 from gere.continual.settings import SequenceSettings, require_name
-from gere.errors import ConfigError
+from gere.evaluation.examples import TaskRow, read_task_rows
+from gere.replay import rows
 
 TRAIN, DEV = ".train.jsonl", ".dev.jsonl"
 logger = logging.getLogger("gere.continual")
-
-
-class TaskRow(NamedTuple):
-    """One question of a task.
-
-    Attributes:
-        instruction: The question, usually the same in all rows of a task; empty if there is none.
-        input: The text that it is about.
-        output: The right answer.
-    """
-
-    instruction: str
-    input: str
-    output: str
-
-    @property
-    def prompt(self) -> str:
-        """Text that the model reads before its answer."""
-        return self.instruction + self.input
 
 
 class Task(NamedTuple):
@@ -77,7 +58,7 @@ def read_task(entry: Any, settings: SequenceSettings) -> Task:
     given = _paths(entry, settings.task_dir)
     files = (Path(given["train"]), Path(given["dev"]))
     name = str(given.get("name") or files[0].name.removesuffix(".jsonl").removesuffix(".train"))
-    train, dev = _read_rows(files[0]), _read_rows(files[1])
+    train, dev = read_task_rows(files[0], "tasks"), read_task_rows(files[1], "tasks")
     labels = given.get("labels")
     if not labels:
         counts = Counter(row.output for row in [*train, *dev])
@@ -104,36 +85,6 @@ def _paths(entry: Any, folder: str | None) -> Mapping[str, Any]:
     require(not text.endswith(".jsonl"), "tasks", f"a name, a file NAME{TRAIN}, or a mapping of train and dev", text)
     require(folder is not None, "task_dir", f"a folder that has {text}{TRAIN}", folder)
     return {"name": text, "train": Path(str(folder)) / (text + TRAIN), "dev": Path(str(folder)) / (text + DEV)}
-
-
-def _read_rows(path: Path) -> list[TaskRow]:
-    try:
-        rows = [_row(record, line) for line, record in numbered_lines(path)]
-        if not rows:
-            raise ValueError("no rows")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "A task file cannot be read.",
-            where=path,
-            expected="JSON lines with input and output, and instruction where there is one",
-            found=f"{type(error).__name__}: {error}",
-            fix="Correct tasks or task_dir, or the file.",
-        ) from error
-    return rows
-
-
-def _row(record: Any, line: int) -> TaskRow:
-    if not isinstance(record, dict):
-        raise ValueError(f"line {line} of the file: a JSON {type(record).__name__}, which is no record")
-    for name in ("input", "output"):
-        # `str(None)` would make a label "None" of it.
-        if record.get(name) is None:
-            fault = "null" if name in record else "missing"
-            raise ValueError(f"line {line} of the file: {name} is {fault}")
-    instruction = record.get("instruction")
-    if instruction is None:
-        instruction = ""
-    return TaskRow(str(instruction), str(record["input"]), str(record["output"]))
 
 
 def _checked_labels(name: str, spellings: Sequence[str], dev: Sequence[TaskRow]) -> tuple[str, ...]:
@@ -179,16 +130,13 @@ def require_reachable(tokenizer: Any, task: Task, answers: str) -> None:
 
 def prompt_ids(tokenizer: Any, row: TaskRow, most: int) -> list[int]:
     """Tokenise a prompt. One with more than `most` tokens keeps its instruction and its end."""
-    ids = list(tokenizer(row.prompt, verbose=False)["input_ids"])
-    # Some tokenizers end every text, and the answer comes after this one.
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
+    ids = rows.prompt_ids(tokenizer, row.prompt)
     if len(ids) <= most:
         return ids
     head = 0
     if row.instruction:
         # At most half of the room, so that a long instruction leaves some of the end.
-        head = min(len(tokenizer(row.instruction, verbose=False)["input_ids"]), most // 2)
+        head = min(len(rows.prompt_ids(tokenizer, row.instruction)), most // 2)
     return ids[:head] + ids[len(ids) - (most - head) :]
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from gere.cache import Anchor
 from gere.evaluation.general import CHANGE, INTERVAL, LOSS
 from gere.session.line import NOT_MOVED, SHARE, Decay
@@ -18,6 +20,7 @@ KEPT = 0.1
 # The highest base decay of docs/strategies.md.
 HIGH_DECAY = 1.6
 GENERAL, ERROR = "general/", "_se"
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 Log = Mapping[str, Any]
 
 
@@ -95,7 +98,7 @@ def facts_of(
 
 def opening(session: ReplaySession, plan: StepPlan) -> str:
     """Say what a training begins with."""
-    replay = session.plan.replay
+    replay, replay_strategy = session.plan.replay, session.plan.settings.config.replay_strategy
     done = "built" if session.built else "opened"
     parts = [
         f"gere: anchor {session.anchor.key} {done} in {session.anchor.folder.parent}",
@@ -109,7 +112,25 @@ def opening(session: ReplaySession, plan: StepPlan) -> str:
     steps = f"{plan.steps} steps"
     if plan.steps != plan.plain_steps:
         steps += f" ({plan.plain_steps} without replay)"
-    return "; ".join([*parts, steps]) + "."
+    lines = ["; ".join([*parts, steps]) + "."]
+    dropout = _dropout(session.model)
+    if dropout and session.strategy.measures:
+        values = ", ".join(f"{value:g}" for value in dropout)
+        lines.append(f"gere: gere/{replay_strategy} starts above 0, since dropout {values} is active.")
+    return "\n".join(lines)
+
+
+def _dropout(model: nn.Module) -> list[float]:
+    """Return the shares that the model drops while it is trained, each once, ascending."""
+    found: set[float] = set()
+    for name, module in model.named_modules():
+        # A new adapter adds nothing, whatever it drops.
+        if "lora_" in name:
+            continue
+        if isinstance(module, DROPOUT):
+            found.add(float(module.p))
+        found |= {value for field, value in vars(module).items() if "dropout" in field and isinstance(value, float)}
+    return sorted(found - {0.0})
 
 
 def append_to_card(card: Path, facts: ReplayFacts) -> None:

@@ -25,6 +25,7 @@ ORDER = (
     {"session"},
     {"ability"},
     {"trainer"},
+    {"kif"},
     {"continual", "integrations", "report"},
     {"cli"},
 )

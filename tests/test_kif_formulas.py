@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -207,6 +207,7 @@ def distinct(shapes, seed=0):
     return {f"t{at}": torch.tensor(part).float().reshape(shape) for at, (part, shape) in enumerate(pairs)}
 
 
+@settings(max_examples=40)
 @given(SHAPES, SHARES)
 def test_the_mask_has_exactly_the_top_share(shapes, share):
     values = distinct(shapes)
@@ -280,6 +281,7 @@ def test_equal_scores_say_nothing_and_leave_the_history():
     assert share_of_present(other, other, 0.2).tolist() == [0.5, 0.5, 0.5, 0.3]
 
 
+@pytest.mark.slow
 def test_more_entries_than_a_quantile_of_torch_takes():
     large = torch.rand(2**24 + 6, generator=torch.Generator().manual_seed(0))
     marked = top_share({"large": large}, 0.2)["large"].sum().item()

@@ -48,7 +48,7 @@ def test_the_file_has_its_hash(tmp_path):
     assert memory.rows[0].row == {
         "input_ids": rows[memory.rows[0].row["input_ids"][0]]["input_ids"].tolist(),
         "text": "ü\u2028",
-    }  # noqa: E501
+    }
     file.write_text(file.read_text().replace('"0"', '"1"', 1))
     with pytest.raises(TaskMemoryError, match="its hash"):
         TaskMemory.read(file)

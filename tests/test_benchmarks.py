@@ -23,6 +23,8 @@ COMMANDS = {
     "anchor": "--count 8 --only speed",
     "batches": "--steps 2",
     "budget": "--out out --budgets 0.05 --seeds 0 1",
+    "kif": "--steps 8 --rounds 1",
+    "kif_table": "--config seq.yaml --out out --ways TaSL",
     "line": "--out out --ways plain ce --decays 0 1",
     "start": "--rows 8",
     "step": "--random tiny --json step.json",

@@ -135,7 +135,10 @@ def replayed(folder: Path) -> dict:
 
 @pytest.mark.parametrize(
     ("kind", "step"),
-    [("rounds", 3), pytest.param("rounds", None, marks=pytest.mark.slow), ("matrix", 3), ("replay", 3)],
+    [
+        ("rounds", 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("rounds", None), ("matrix", 3), ("replay", 3))),
+    ],
 )
 def test_a_kill_in_task_two_changes_nothing(settings, folder, tmp_path, kind, step):
     training = {**settings().training, "max_steps": 5, "save_steps": 2}

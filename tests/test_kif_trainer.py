@@ -155,10 +155,15 @@ def test_nan_gradients_do_not_reach_the_masks(make_trainer, arguments, memory):
     assert 0.6 < log["kif/neither"] < 1
 
 
-KINDS = [("paper", RecurrentKIFTrainer), ("code", RecurrentKIFTrainer), ("paper", recurrent_kif_trainer(GeReTrainer))]
-
-
-@pytest.mark.parametrize(("preset", "cls"), KINDS, ids=["paper", "code", "with replay"])
+@pytest.mark.parametrize(
+    ("preset", "cls"),
+    [
+        ("paper", RecurrentKIFTrainer),
+        pytest.param("code", RecurrentKIFTrainer, marks=pytest.mark.slow),
+        pytest.param("paper", recurrent_kif_trainer(GeReTrainer), marks=pytest.mark.slow),
+    ],
+    ids=["paper", "code", "with replay"],
+)
 def test_killed_before_inside_and_after_a_fusion(make_trainer, arguments, memory, tmp_path, preset, cls, monkeypatch):
     """Q is 3: checkpoints of step 2 (in the midst of a round) and of step 4 (after a fusion)."""
 
@@ -201,7 +206,7 @@ def test_killed_before_inside_and_after_a_fusion(make_trainer, arguments, memory
         trainer("whole").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
 
-@pytest.mark.parametrize("preset", ["tasl", "taslora"])
+@pytest.mark.parametrize("preset", ["tasl", pytest.param("taslora", marks=pytest.mark.slow)])
 def test_tasl_consolidates_after_a_task(make_trainer, arguments, tmp_path, preset):
     def trainer(model, **changes):
         args = arguments(output_dir=str(tmp_path / "out"), max_steps=5, save_strategy="steps", save_steps=2)
@@ -269,6 +274,55 @@ def test_bfloat16_autocast(make_trainer, arguments, memory):
     )
     trainer.train()
     assert all(weight.isfinite().all() for weight in trained(trainer.model).values())
+
+
+def scaled(scale):
+    """A trainer class with the scaler of float16, which accelerate makes on a GPU alone."""
+
+    class Scaled(RecurrentKIFTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+
+            # As accelerate does it, which looks for a GPU first.
+            def unscale(accelerator, optimizer=None):
+                for own in accelerator._optimizers:
+                    accelerator.scaler.unscale_(own.optimizer)
+
+            kind = type(self.accelerator)
+            self.accelerator.__class__ = type("Scaled", (kind,), {"unscale_gradients": unscale})
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+
+    return Scaled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", [1.0, 0.0])
+@pytest.mark.parametrize("preset", ["paper", "code"])
+def test_importance_is_that_of_unscaled_gradients(make_trainer, arguments, memory, tmp_path, preset, norm):
+    """A power of two scales every gradient without rounding: the state of the round is the same, bit for bit."""
+    states = []
+    for name, cls in (("plain", RecurrentKIFTrainer), ("scaled", scaled(2.0**10))):
+        args = arguments(
+            output_dir=str(tmp_path / name), max_steps=5, max_grad_norm=norm, save_strategy="steps", save_steps=5
+        )
+        config = KIFConfig.preset(preset, inner_steps=3, outer_steps=2)
+        make_trainer(cls, model=adapter(), args=args, kif_memory=memory, kif_config=config).train()
+        states.append(load_file(tmp_path / name / "checkpoint-5" / "gere_kif.safetensors"))
+    assert any(value.any() for name, value in states[0].items() if name.startswith("outer.E"))
+    assert equal(*states)
+
+
+def test_a_step_that_overflows_is_left_out(make_trainer, arguments, memory):
+    """The scaler leaves the weights alone and halves its scale, in an outer step, too."""
+    trainer = make_trainer(
+        scaled(2.0**127), model=adapter(), args=arguments(max_steps=1), kif_memory=memory,
+        kif_config=KIFConfig(inner_steps=1, outer_steps=1),
+    )  # fmt: skip
+    before = trained(trainer.model)
+    trainer.train()
+    assert equal(before, trained(trainer.model))
+    assert trainer.accelerator.scaler.get_scale() == 2.0**125
+    assert [log["kif/neither"] for log in trainer.state.log_history if "kif/neither" in log] == [1.0]
 
 
 def test_the_optimizer_state_is_kept_or_reset(make_trainer, arguments, memory):

@@ -16,11 +16,15 @@ _HOMES = {
     "GeReSeq2SeqTrainer": "gere.trainer",
     "GeReTrainer": "gere.trainer",
     "GeneralAbilityCallback": "gere.ability",
+    "KIFConfig": "gere.kif",
+    "RecurrentKIFTrainer": "gere.kif",
+    "TaskMemory": "gere.kif",
     "general_loss": "gere.evaluation",
     "gere_trainer": "gere.trainer",
+    "recurrent_kif_trainer": "gere.kif",
     "threshold_margin": "gere.losses",
 }
-_MODULES = ("ability", "cache", "continual", "errors", "losses", "sampler")
+_MODULES = ("ability", "cache", "continual", "errors", "kif", "losses", "sampler")
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
@@ -29,6 +33,10 @@ if TYPE_CHECKING:
     from gere.config import GeReConfig as GeReConfig
     from gere.errors import GeReError as GeReError
     from gere.evaluation.general import general_loss as general_loss
+    from gere.kif.config import KIFConfig as KIFConfig
+    from gere.kif.memory import TaskMemory as TaskMemory
+    from gere.kif.trainer import RecurrentKIFTrainer as RecurrentKIFTrainer
+    from gere.kif.trainer import recurrent_kif_trainer as recurrent_kif_trainer
     from gere.losses.margin import threshold_margin as threshold_margin
     from gere.sampler.insertion import BatchInsertionSampler as BatchInsertionSampler
     from gere.trainer import GeReMixin as GeReMixin

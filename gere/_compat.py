@@ -119,6 +119,11 @@ def without_unused_columns(trainer: Any) -> tuple[Any, Any]:
     return dataset, trainer._get_collator_with_removed_columns(collator, description="training")
 
 
+def collator_of(trainer: Any) -> Any:
+    """Return the user's collator as the trainer would use it for rows that may have unused columns."""
+    return trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
+
+
 def repacks_in_eval_mode(module: torch.nn.Module) -> bool:
     """Return whether a 4-bit layer of bitsandbytes changes its weights when it is called in eval mode.
 

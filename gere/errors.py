@@ -83,6 +83,10 @@ class NonFiniteStateError(GeReError, ArithmeticError):
     """The base model gave NaN or infinite states or losses on the replay set, or a training did."""
 
 
+class TaskMemoryError(GeReError, ValueError):
+    """The memory of earlier tasks is missing, damaged, or that of other tasks."""
+
+
 class RunFolderError(GeReError, ValueError):
     """A folder given to a report is not a run folder, or one of its files is damaged."""
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-JOB = Path(__file__).with_name("job.py")
+HERE = Path(__file__).parent
 
 
 class Done(NamedTuple):
@@ -30,7 +30,8 @@ def free_port() -> int:
 
 
 def start(root: Path, ranks: int, job: dict, limit: int) -> list[subprocess.Popen]:
-    command = [sys.executable, str(JOB), str(root), json.dumps({"limit": limit, **job})]
+    script = HERE / job.get("script", "job.py")
+    command = [sys.executable, str(script), str(root), json.dumps({"limit": limit, **job})]
     distributed = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     processes = []
     for rank in range(ranks):

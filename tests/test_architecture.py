@@ -26,6 +26,7 @@ ORDER = (
     {"session"},
     {"ability"},
     {"trainer"},
+    {"kif"},
     {"continual", "integrations", "report"},
     {"cli"},
     {"__main__"},

@@ -24,6 +24,8 @@ COMMANDS = {
     "batches": "--steps 2",
     "budget": "--out out --budgets 0.05 --seeds 0 1",
     "dpo": "--out dpo.jsonl --ways replay --seeds 0",
+    "kif": "--steps 8 --rounds 1",
+    "kif_table": "--config seq.yaml --out out --ways TaSL",
     "line": "--out out --ways plain ce --decays 0 1",
     "start": "--rows 8",
     "step": "--random tiny --json step.json",

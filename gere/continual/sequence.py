@@ -18,21 +18,35 @@ from gere.config import require
 from gere.continual.answers import Scores, greedy_answers, likeliest_answers, score
 from gere.continual.folder import Matrix, RunFolder, read_matrix
 from gere.continual.settings import SequenceSettings, require_name, settings_of
-from gere.continual.tasks import DEV, TRAIN, Task, answer_ids, encode, prompt_ids, read_tasks, require_reachable
+from gere.continual.tasks import (
+    DEV,
+    TRAIN,
+    Task,
+    answer_ids,
+    encode,
+    encoder_ids,
+    prompt_ids,
+    read_tasks,
+    require_reachable,
+)
 from gere.continual.trainers import (
     TrainerFactory,
     factory_of,
     factory_settings,
+    is_encoder_decoder,
     load_model,
     load_tokenizer,
     training_arguments,
 )
 from gere.errors import ConfigError
 from gere.evaluation.callback import GeneralAbilityCallback
+from gere.kif import TaskMemory, read_history
+from gere.kif.config import kif_config_of
 from gere.replay.texts import Source, read_rows
 
 Measure = Callable[[Any, Any], dict[str, float]]
 MULTITASK = "multitask"
+MEMORY_FILE = "kif_memory.jsonl"
 KINDS = (TRAIN, DEV)
 logger = logging.getLogger("gere.continual")
 
@@ -89,6 +103,7 @@ class _Sequence:
         self._measures = [*_measures(settings), *filter(None, [measure])]
         self._tasks = read_tasks(settings)
         self._tokenizer = load_tokenizer(settings.model)
+        self._encodes = is_encoder_decoder(settings)
         names = [task.name for task in self._tasks]
         self._rounds = [MULTITASK] if settings.mode == MULTITASK else names
         self._folder = RunFolder(Path(settings.out), self._rounds)
@@ -97,12 +112,17 @@ class _Sequence:
     def run(self) -> Matrix:
         """Do what is left to do."""
         # Refuse bad settings of all tasks now, not after hours of the first one.
-        training_arguments(self._settings, self._folder.task(0))
-        factory_settings(self._settings, self._folder.path)
+        settings = self._settings
+        training_arguments(settings, self._folder.task(0))
+        factory_settings(settings, self._folder.path)
+        if self._encodes:
+            kind = "a decoder-only model, or none of it: an encoder-decoder has no next-token loss"
+            require(settings.general is None, "general", kind, settings.general)
+            require(not (settings.trainer == "gere" or settings.gere), "gere", kind, settings.trainer)
         longest = max(self._most_new(task) for task in self._tasks)
-        require(self._settings.max_length > longest, "max_length", f"more than {longest}", self._settings.max_length)
+        require(settings.max_length > longest, "max_length", f"more than {longest}", settings.max_length)
         for task in self._tasks:
-            require_reachable(self._tokenizer, task, self._settings.answers)
+            require_reachable(self._tokenizer, task, settings.answers)
         self._folder.begin(self._content())
         done, path = len(self._matrix.accuracy), self._folder.path
         if self._matrix.general:
@@ -148,8 +168,8 @@ class _Sequence:
         set_seed(settings.seed)
         model = load_model(settings, self._folder.model(index - 1))
         tasks = self._tasks if settings.mode == MULTITASK else [self._tasks[index]]
-        rows = [encode(self._tokenizer, row, settings.max_length) for task in tasks for row in task.train]
-        extra = factory_settings(settings, self._folder.path)
+        rows = [row for task in tasks for row in self._encoded(task)]
+        extra = {**factory_settings(settings, self._folder.path), **self._carried(index)}
         trainer = self._make_trainer(model, self._tokenizer, rows, args, **extra)
         checkpoint = self._folder.checkpoint(index)
         logger.info("%s: trains %d rows from %s", self._rounds[index], len(rows), checkpoint or "the start")
@@ -159,6 +179,31 @@ class _Sequence:
         # Trainer and model refer to each other, and the next model needs the memory of the GPU.
         del trainer, model
         gc.collect()
+
+    def _encoded(self, task: Task) -> list[dict[str, list[int]]]:
+        most = self._settings.max_length
+        return [encode(self._tokenizer, row, most, encoder_decoder=self._encodes) for row in task.train]
+
+    def _carried(self, index: int) -> dict[str, Any]:
+        """Collect what KIF carries over from the earlier tasks, beside the adapter itself."""
+        settings, earlier = self._settings, self._tasks[:index]
+        if not settings.uses_kif:
+            return {}
+        config, memory = kif_config_of(settings.kif, "kif"), TaskMemory()
+        found: dict[str, Any] = {"kif_earlier": [task.name for task in earlier]}
+        if config.needs_memory:
+            # Made anew from the rows of the earlier tasks, by one seed: a kill has nothing to lose here.
+            for task in earlier:
+                labels = [row.output for row in task.train]
+                rows = self._encoded(task)
+                memory = memory.add(task.name, rows, labels, share=config.memory_share, seed=settings.seed)
+            make_folder(self._folder.task(index))
+            memory.write(self._folder.task(index) / MEMORY_FILE)
+            found["kif_memory"] = memory
+        model = self._folder.model(index - 1)
+        if model is not None:
+            found["kif_history"] = read_history(model)
+        return found
 
     def _evaluate(self, index: int | None) -> None:
         """Evaluate the saved model of a task, or for `None` the base model, and write the matrix."""
@@ -182,7 +227,10 @@ class _Sequence:
     def _score(self, model: Any, task: Task) -> Scores:
         settings, tokenizer = self._settings, self._tokenizer
         longest = self._most_new(task)
-        prompts = [prompt_ids(tokenizer, row, settings.max_length - longest) for row in task.dev]
+        if self._encodes:
+            prompts = [encoder_ids(tokenizer, row, settings.max_length) for row in task.dev]
+        else:
+            prompts = [prompt_ids(tokenizer, row, settings.max_length - longest) for row in task.dev]
         if settings.answers == "likelihood":
             options = [answer_ids(tokenizer, label) for label in task.labels]
             chosen = likeliest_answers(model, tokenizer, prompts, options)

@@ -13,6 +13,7 @@ from gere.errors import ConfigError
 
 MODES = ("sequence", "multitask")
 ANSWERS = ("greedy", "likelihood")
+TRAINERS = ("plain", "gere", "kif")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SequenceSettings:
         task_dir: Folder of the tasks that `tasks` names.
         name: Name of the run for the report, which otherwise groups runs by their settings.
         mode: One task after the other (`"sequence"`), or all at once (`"multitask"`), an upper bound.
-        trainer: `"plain"`, `"gere"`, or a `TrainerFactory` as `"module:function"`.
+        trainer: `"plain"`, `"gere"`, `"kif"`, or a `TrainerFactory` as `"module:function"`.
         seed: Seed of the choice of rows, of LoRA and of the training.
         rows: Training rows of each task, drawn by the seed; `None` for all.
         dev_rows: Rows that a task is evaluated on; `None` for all.
@@ -38,6 +39,7 @@ class SequenceSettings:
         before: Evaluate the base model, too.
         training: Arguments of `TrainingArguments`, but for the output folder and the seed.
         gere: Arguments of `GeReTrainer` and fields of `GeReConfig` by their names.
+        kif: Fields of `KIFConfig`, and `preset`. With a section `gere` beside it, general texts are replayed, too.
         settings: Further arguments of your own trainer factory.
         lora: Arguments of PEFT's `LoraConfig`; `None` for full training.
         general: File of held-out general texts. Their loss is measured before training and after each task.
@@ -66,6 +68,7 @@ class SequenceSettings:
     before: bool = True
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gere: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    kif: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lora: Mapping[str, Any] | None = None
     general: str | None = None
@@ -88,15 +91,24 @@ class SequenceSettings:
             value = getattr(self, name)
             sound = isinstance(value, int) and not isinstance(value, bool) and value >= least
             require(sound or (value is None and name not in numbers), name, f"a whole number >= {least}", value)
-        for name in ("training", "gere", "settings", "ability", "lora"):
+        for name in ("training", "gere", "kif", "settings", "ability", "lora"):
             value = getattr(self, name)
             sound = isinstance(value, Mapping) or (name == "lora" and value is None)
             require(sound, name, "settings by name, indented below it", value)
-        named = isinstance(self.trainer, str) and (self.trainer in ("plain", "gere") or self.trainer.count(":") == 1)
-        require(named, "trainer", '"plain", "gere" or "module:function"', self.trainer)
+        named = isinstance(self.trainer, str) and (self.trainer in TRAINERS or self.trainer.count(":") == 1)
+        require(named, "trainer", '"plain", "gere", "kif" or "module:function"', self.trainer)
         require(not (self.trainer == "plain" and self.gere), "gere", "no such section with trainer: plain", self.gere)
         own = ":" in self.trainer
+        require(own or self.trainer == "kif" or not self.kif, "kif", "no such section without trainer: kif", self.kif)
+        if self.uses_kif:
+            require(self.lora is not None, "lora", "a section: KIF fuses the entries of an adapter", None)
+            require(self.mode == "sequence", "mode", "sequence: all tasks at once have no earlier ones", self.mode)
         require(own or not self.settings, "settings", "settings with your own trainer only", self.settings)
+
+    @property
+    def uses_kif(self) -> bool:
+        """Whether a task gets what KIF carries over from the earlier ones."""
+        return self.trainer == "kif" or bool(self.kif)
 
 
 def settings_of(content: Mapping[str, Any], where: object) -> SequenceSettings:

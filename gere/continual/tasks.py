@@ -146,8 +146,20 @@ def answer_ids(tokenizer: Any, answer: str) -> list[int]:
     return list(tokenizer(f" {answer}", add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def encode(tokenizer: Any, row: TaskRow, most: int) -> dict[str, list[int]]:
-    """Make a training row of at most `most` tokens: prompt, answer, end of text. Only the last two have labels."""
+def encoder_ids(tokenizer: Any, row: TaskRow, most: int) -> list[int]:
+    """Tokenise a prompt of at most `most` tokens for an encoder, which reads the end of a text."""
+    return [*prompt_ids(tokenizer, row, most - 1), tokenizer.eos_token_id]
+
+
+def encode(tokenizer: Any, row: TaskRow, most: int, *, encoder_decoder: bool = False) -> dict[str, list[int]]:
+    """Make a training row of at most `most` tokens: prompt, answer, end of text. Only the last two have labels.
+
+    Of an `encoder_decoder`, prompt and answer have at most `most` tokens each, and the answer is the labels.
+    """
+    if encoder_decoder:
+        ids = encoder_ids(tokenizer, row, most)
+        labels = [*answer_ids(tokenizer, row.output), tokenizer.eos_token_id][:most]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
     answer = [*answer_ids(tokenizer, row.output), tokenizer.eos_token_id][:most]
     prompt = prompt_ids(tokenizer, row, most - len(answer))
     ids = prompt + answer

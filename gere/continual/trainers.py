@@ -10,11 +10,21 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+)
 
 from gere.config import kwargs_of_section, require
 from gere.continual.settings import SequenceSettings, require_name
 from gere.errors import ConfigError, MissingPackageError, TokenizerError, UnsupportedSettingError
+from gere.kif import RecurrentKIFTrainer, recurrent_kif_trainer
+from gere.kif.config import kif_config_of
 from gere.trainer import GeReTrainer
 
 # Called as `factory(model, tokenizer, train_rows, args, **settings)`.
@@ -40,11 +50,12 @@ def _factory(cls: type[Trainer]) -> TrainerFactory:
 
 
 plain_trainer, gere_trainer = _factory(Trainer), _factory(GeReTrainer)
+kif_trainer, kif_gere_trainer = _factory(RecurrentKIFTrainer), _factory(recurrent_kif_trainer(GeReTrainer))
 
 
 def factory_of(settings: SequenceSettings) -> TrainerFactory:
     """Find the factory that `trainer` names."""
-    known = {"plain": plain_trainer, "gere": gere_trainer}
+    known = {"plain": plain_trainer, "gere": gere_trainer, "kif": kif_gere_trainer if settings.gere else kif_trainer}
     if settings.trainer in known:
         return known[settings.trainer]
     module, _, name = settings.trainer.partition(":")
@@ -61,18 +72,21 @@ def factory_of(settings: SequenceSettings) -> TrainerFactory:
 
 
 def factory_settings(settings: SequenceSettings, out: Path) -> dict[str, Any]:
-    """Collect the keyword arguments of the factory: those of the section `gere`, and those of `settings`.
+    """Collect the keyword arguments of the factory: of the sections `gere` and `kif`, and those of `settings`.
 
     The anchor is in the run folder `out` by default, and nothing is held out where `general` names texts.
     """
+    own = dict(settings.settings)
+    if settings.uses_kif:
+        own["kif_config"] = kif_config_of(settings.kif, "kif")
     if settings.trainer != "gere" and not settings.gere:
-        return dict(settings.settings)
+        return own
     section = settings.gere
     if settings.general is not None:
         # The sequence measures texts of its own. Two general losses in one log would be of different texts.
         section = {"replay_heldout": 0, **section}
     replay = kwargs_of_section(section, "gere")
-    return {"gere_hidden_state_saving_dir": str(out / "gere_saving"), **replay, **settings.settings}
+    return {"gere_hidden_state_saving_dir": str(out / "gere_saving"), **replay, **own}
 
 
 def training_arguments(settings: SequenceSettings, folder: Path, task: int = 0) -> TrainingArguments:
@@ -150,13 +164,22 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def is_encoder_decoder(settings: SequenceSettings) -> bool:
+    """Tell whether the model reads the prompt in an encoder, and writes the answer in a decoder."""
+    return bool(getattr(_load(AutoConfig, settings.model), "is_encoder_decoder", False))
+
+
 def load_model(settings: SequenceSettings, saved: Path | None) -> Any:
     """Load the base model, or the model after a task from its folder, which with LoRA holds the adapter."""
     name = settings.model
     # The adapter of a task lies on the base, which never moves.
     if saved is not None and settings.lora is None:
         name = str(saved)
-    model = _load(AutoModelForCausalLM, name, dtype=settings.dtype)
+    encodes = is_encoder_decoder(settings)
+    model = _load(AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM, name, dtype=settings.dtype)
+    if encodes:
+        # T5 takes the count of tokens in a step by **kwargs, and still gives the mean over the tokens of a batch.
+        model.accepts_loss_kwargs = False
     most = getattr(model.config, "max_position_embeddings", None) or settings.max_length
     require(settings.max_length <= most, "max_length", f"at most {most}, which the model has", settings.max_length)
     if settings.lora is None:
@@ -175,7 +198,8 @@ def load_model(settings: SequenceSettings, saved: Path | None) -> Any:
         # By default PEFT loads an adapter for inference, with frozen weights.
         return PeftModel.from_pretrained(model, str(saved), is_trainable=True)
     try:
-        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings.lora}))
+        kind = "SEQ_2_SEQ_LM" if encodes else "CAUSAL_LM"
+        return get_peft_model(model, LoraConfig(**{"task_type": kind, **settings.lora}))
     except (TypeError, ValueError) as error:
         raise ConfigError(
             "The adapter cannot be made.",

@@ -205,8 +205,11 @@ def _length(row: Row, option: str, normalization: ChoiceNormalization) -> int:
 def log_likelihoods(model: nn.Module, rows: Sequence[Row]) -> list[float]:
     """Return the log-likelihood of the option in each row of a batch, in nats.
 
-    The model is in evaluation mode and without gradients. Sums are in float64 over float32 values of the tokens.
+    The model is in evaluation mode and without gradients. Sums are in float64 over float32 values of the tokens. An
+    encoder-decoder reads what is before the option in its encoder.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return _decoder_log_likelihoods(model, rows)
     device = next(model.parameters()).device
     batch = {name: values.to(device) for name, values in pad_rows([row.ids for row in rows], 0).items()}
     width = batch["input_ids"].shape[1]
@@ -224,6 +227,16 @@ def log_likelihoods(model: nn.Module, rows: Sequence[Row]) -> list[float]:
         losses.append(F.cross_entropy(logits[places[:, 0], places[:, 1]].float(), ids, reduction="none"))
     parts = torch.cat(losses).cpu().double().split([len(row.ids) - row.start for row in rows])
     return [-float(part.sum()) for part in parts]
+
+
+def _decoder_log_likelihoods(model: nn.Module, rows: Sequence[Row]) -> list[float]:
+    device = next(model.parameters()).device
+    batch = {name: values.to(device) for name, values in pad_rows([row.ids[: row.start] for row in rows], 0).items()}
+    options = pad_rows([row.ids[row.start :] for row in rows], 0)
+    labels = options["input_ids"].masked_fill(options["attention_mask"] == 0, -100).to(device)
+    logits = model(**batch, labels=labels, use_cache=False).logits
+    losses = [F.cross_entropy(row.float(), ids, reduction="none") for row, ids in zip(logits, labels, strict=True)]
+    return [-float(loss.double().sum()) for loss in losses]  # a label of -100 has no loss
 
 
 def _keeps_logits(model: Any) -> bool:

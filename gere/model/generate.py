@@ -25,23 +25,26 @@ def generate(
 ) -> list[list[int]]:
     """Return new token ids for each context; a row that was ended by one of `stops` has it as its last token.
 
-    The model has no distributed wrapper, and the caller chooses its mode. `sampling` has `temperature`, `top_p` and
-    `top_k`; `None` takes the likeliest token each time.
+    The model has no distributed wrapper, and the caller chooses its mode. An encoder-decoder reads the contexts in its
+    encoder. `sampling` has `temperature`, `top_p` and `top_k`; `None` takes the likeliest token each time.
     """
     # PEFT's own generate would put its generation settings into the model.
     causal: Any = base_module(model)
     width = max(map(len, contexts))
-    # On the left, since generate continues after the last column of each row.
+    encodes = bool(causal.config.is_encoder_decoder)
     ids, mask = torch.full((len(contexts), width), pad_id), torch.zeros(len(contexts), width, dtype=torch.int64)
     for row, context in enumerate(contexts):
-        ids[row, width - len(context) :] = torch.tensor(context)
-        mask[row, width - len(context) :] = 1
+        # On the left, since generate continues after the last column of each row; an encoder counts from the first.
+        first = 0 if encodes else width - len(context)
+        ids[row, first : first + len(context)] = torch.tensor(context)
+        mask[row, first : first + len(context)] = 1
     settings = GenerationConfig(
         do_sample=sampling is not None,
         **(sampling or {}),
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_id,
         eos_token_id=sorted(stops) or None,
+        decoder_start_token_id=_decoder_start(causal) if encodes else None,
     )
     device = causal.get_input_embeddings().weight.device
     # generate takes what the settings of a call leave open from the model's own, so those are replaced, too.
@@ -55,7 +58,17 @@ def generate(
         )
     finally:
         causal.generation_config = kept
-    return [_up_to(row, stops) for row in rows[:, width:].tolist()]
+    # A decoder begins with its start token, and other models with the context.
+    return [_up_to(row, stops) for row in rows[:, 1 if encodes else width :].tolist()]
+
+
+def _decoder_start(model: Any) -> int | None:
+    """Return the token that a decoder begins with."""
+    for config in (model.generation_config, model.config):
+        token = getattr(config, "decoder_start_token_id", None)
+        if token is not None:
+            return int(token)
+    return None
 
 
 def _up_to(row: list[int], stops: set[int]) -> list[int]:

@@ -1,9 +1,11 @@
-"""Files: written whole or not at all, hashed, never pickled; one reader for JSON lines and one for settings."""
+"""Files: written whole or not at all, hashed, never pickled; one way to open a text, JSON lines and settings."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -13,12 +15,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gere.errors import CacheFolderError
 
 MOST_SETTINGS = 2**24  # bytes of a file of settings
 MOST_VALUES = 100_000  # values that a file of settings may stand for
+MARK = "\ufeff"  # before a text that a Windows editor wrote
 
 
 def canonical_json(content: Any) -> bytes:
@@ -58,21 +61,26 @@ def file_sha256(path: Path) -> str:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a start after a kill, sees all of it or nothing; errors as `folder_errors`."""
+    """Write a file as `write_whole` does; errors as `folder_errors`."""
+    with folder_errors(path.parent):
+        write_whole(path, content)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a start after a kill, sees all of it or nothing."""
     # In the same folder, since a rename is atomic within one file system only. The name is unique, since several
     # processes may write the same file.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with folder_errors(path.parent):
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                # Without this, a loss of power after the rename can leave the final name on an empty file.
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            # Without this, a loss of power after the rename can leave the final name on an empty file.
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -95,15 +103,15 @@ def remove(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a cache folder with its parents; one that is a file or cannot be created is a `CacheFolderError`."""
+    """Create a folder with its parents; one that is a file or cannot be created is a `CacheFolderError`."""
     with folder_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise CacheFolderError(
-                "The cache folder is a file.",
+                "The folder to write to is a file.",
                 where=folder,
                 expected="a folder, or a path where one can be made",
                 found="a file",
-                fix="Set gere_hidden_state_saving_dir to another path.",
+                fix="Give another path; that of the anchors is gere_hidden_state_saving_dir.",
             )
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -129,17 +137,31 @@ def folder_errors(folder: Path) -> Iterator[None]:
         yield
     # A file system without locks is a NotImplementedError of filelock.
     except (OSError, NotImplementedError) as error:
-        what, expected = "The cache folder cannot be written.", "a folder that this process may write to"
+        what, expected = "The folder cannot be written.", "a folder that this process may write to"
         # A quota fails like a full disk, and needs the same fix.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            what, expected = "The disk of the cache folder is full.", "free space"
+            what, expected = "The disk of the folder is full.", "free space"
         raise CacheFolderError(
             what,
             where=folder,
             expected=expected,
             found=f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}",
-            fix="Free some space, or set another folder: gere_hidden_state_saving_dir, for a saved model output_dir.",
+            fix="Free some space, or give another folder; that of the anchors is gere_hidden_state_saving_dir.",
         ) from error
+
+
+def open_text(path: Path, newline: str = "\n") -> TextIO:
+    """Open a file as text, packed (.gz, .bz2, .xz, .zst) or not: UTF-8, or UTF-16 where its mark says so.
+
+    The mark is no part of the text. Half a surrogate pair is let through.
+    """
+    from fsspec.implementations.local import LocalFileSystem
+
+    raw = LocalFileSystem().open(str(path), "rb", compression="infer")
+    marked = raw.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    raw.seek(0)
+    encoding = "utf-16" if marked else "utf-8-sig"
+    return io.TextIOWrapper(raw, encoding=encoding, errors="surrogatepass", newline=newline)
 
 
 def read_lines(path: Path) -> Iterator[Any]:
@@ -153,13 +175,15 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
     A line that is not JSON is a `ValueError` with its number; an `OSError` is left as it is.
     """
-    # Only "\n" ends a line: U+2028 and its like are part of a text. `utf-8-sig` skips the mark of Windows editors.
-    with path.open(encoding="utf-8-sig", errors="surrogatepass", newline="\n") as lines:
+    # Only "\n" ends a line: U+2028 and its like are part of a text.
+    with open_text(path) as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            # Files that were put together have a mark in their middle.
+            content = line.lstrip(MARK)
+            if not content.strip():
                 continue
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(content)
             # Brackets that are nested too deep raise a RecursionError.
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} of the file: {error}") from error

@@ -103,6 +103,10 @@ class BlendError(GeReError, ValueError):
     """There is no line between two sets of weights, or a point of it cannot be measured or written."""
 
 
+class CheckpointError(GeReError, ValueError):
+    """A checkpoint is not whole, or its weights did not arrive in the model."""
+
+
 class CacheError(GeReError):
     """Base of all errors about an anchor on disk."""
 

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 
 from gere.cli.blend import add_blend
 from gere.cli.cache import add_cache
@@ -21,7 +22,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Make the parser of all commands."""
     text = "Replay files, anchors, reports and blends for training with gere."
     parser = argparse.ArgumentParser(prog="gere", description=text)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"gere {version('gere')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for add in (add_cache, add_replay, add_sequence, add_report, add_blend):
         add(commands)
     return parser
@@ -37,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 after an error of this library, which is shown without a traceback; 128 and the number
         of the signal after Ctrl-C or SIGTERM.
     """
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
     try:
         with _stoppable():
             return options.run(options)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
@@ -35,6 +36,21 @@ def read_kwargs(file: Path | None, words: Sequence[str]) -> dict[str, Any]:
     if isinstance(section, dict):
         section |= given
     return kwargs_of_section(section, f"{file}, --set")
+
+
+@contextmanager
+def output_errors(path: Path, what: str, option: str) -> Iterator[None]:
+    """Turn the system's errors about a file that is written into a `ConfigError` that names the option."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{what} cannot be written.",
+            where=path,
+            expected="a path that this process may write to",
+            found=f"{type(error).__name__}: {error.strerror or error}",
+            fix=f"Give another {option}.",
+        ) from error
 
 
 def settings_help() -> str:

@@ -22,7 +22,8 @@ from gere._files import canonical_json, flat, folder_errors, make_folder, remove
 from gere._records import read_record
 from gere.continual.answers import Scores
 from gere.errors import ConfigError, brief
-from gere.session.checkpoint import STATE_FILE, checkpoints_in, read_state
+from gere.session.checkpoint import STATE_FILE, read_state
+from gere.session.resume import checkpoints_in, torn
 
 FORMAT: Literal[1] = 1
 MATRIX_FILE, SEQUENCE_FILE = "matrix.json", "sequence.json"
@@ -146,12 +147,12 @@ class RunFolder:
 
     def checkpoint(self, index: int) -> Path | None:
         """Return the last checkpoint that a task can resume from, and remove later ones; `None` if there is none."""
-        for path, state in reversed(checkpoints_in(self.task(index))):
-            # Resumed from the last step, `Trainer` would take a step too many.
-            if state is not None and state.global_step < state.max_steps:
-                return path
-            with folder_errors(path):
-                remove(path)
+        found = checkpoints_in(self.task(index))
+        while found:
+            if _has_steps_left(found[-1]):
+                return found[-1]
+            with folder_errors(found[-1]):
+                remove(found.pop())
         return None
 
     def keep(self, index: int, save: Callable[[str], Any]) -> None:
@@ -180,6 +181,15 @@ class RunFolder:
             for log in logged:
                 lines.append(json.dumps({"task": index, **log}) + "\n")
         write_atomic(self.path / LOG_FILE, "".join(lines).encode())
+
+
+def _has_steps_left(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is whole, and not that of the last step."""
+    if torn(checkpoint):
+        return False
+    state = read_state(checkpoint, _damaged)
+    # Resumed from the last step, a plain `Trainer` would take a step too many.
+    return state.global_step < state.max_steps
 
 
 def _unlike(file: Path, expected: str, found: str) -> ConfigError:

@@ -18,7 +18,7 @@ from gere.config import require
 from gere.continual.answers import Scores, greedy_answers, likeliest_answers, score
 from gere.continual.folder import Matrix, RunFolder, read_matrix
 from gere.continual.settings import SequenceSettings, require_name, settings_of
-from gere.continual.tasks import DEV, TRAIN, Task, answer_ids, encode, prompt_ids, read_tasks
+from gere.continual.tasks import DEV, TRAIN, Task, answer_ids, encode, prompt_ids, read_tasks, require_reachable
 from gere.continual.trainers import (
     TrainerFactory,
     factory_of,
@@ -29,7 +29,7 @@ from gere.continual.trainers import (
 )
 from gere.errors import ConfigError
 from gere.evaluation.callback import GeneralAbilityCallback
-from gere.replay.texts import read_file
+from gere.replay.texts import Source, read_rows
 
 Measure = Callable[[Any, Any], dict[str, float]]
 MULTITASK = "multitask"
@@ -101,6 +101,8 @@ class _Sequence:
         factory_settings(self._settings, self._folder.path)
         longest = max(self._most_new(task) for task in self._tasks)
         require(self._settings.max_length > longest, "max_length", f"more than {longest}", self._settings.max_length)
+        for task in self._tasks:
+            require_reachable(self._tokenizer, task, self._settings.answers)
         self._folder.begin(self._content())
         done, path = len(self._matrix.accuracy), self._folder.path
         if self._matrix.general:
@@ -184,9 +186,10 @@ class _Sequence:
         if settings.answers == "likelihood":
             options = [answer_ids(tokenizer, label) for label in task.labels]
             chosen = likeliest_answers(model, tokenizer, prompts, options)
-            answers = [task.labels[place] for place in chosen]
+            answers = [None if place is None else task.labels[place] for place in chosen]
         else:
-            answers = greedy_answers(model, tokenizer, prompts, longest, batch=settings.eval_batch)
+            lines = 1 + max(label.count("\n") for label in task.labels)
+            answers = [*greedy_answers(model, tokenizer, prompts, longest, batch=settings.eval_batch, lines=lines)]
         scores = score(answers, [row.output for row in task.dev], task.labels)
         logger.info("%s: accuracy %.4f, invalid %.4f", task.name, scores.accuracy, scores.invalid)
         return scores
@@ -209,9 +212,7 @@ def _measures(settings: SequenceSettings) -> list[Measure]:
     """Make the measures that `general` and the section `ability` ask for."""
     found: list[Measure] = []
     if settings.general is not None:
-        # By the rules of replay files.
-        texts = read_file(Path(settings.general), "text")[: settings.general_rows]
-        require(None not in texts, "general", f"a text in each record of {settings.general}", None)
+        texts = read_rows(Source(settings.general, "general"))[: settings.general_rows]
         found.append(GeneralAbilityCallback(texts, max_length=settings.max_length).measure)
     if settings.ability:
         known = [name for name in inspect.signature(GeneralAbilityCallback).parameters if name != "texts"]

@@ -164,7 +164,7 @@ class AutoWeight(RowWeight):
     def _level(self, like: Tensor) -> Tensor:
         self._known = self._known.to(like.device)  # moved once; the value is not read back
         total, rows = self._known
-        return torch.where(total > 0, self._nats * rows / total, 0.0).to(like.dtype).expand_as(like)
+        return torch.where(total == 0, 0.0, self._nats * rows / total).to(like.dtype).expand_as(like)
 
     def observe(self, unrelated: Tensor, rows: Tensor) -> None:
         """Add a micro-batch."""

@@ -69,12 +69,14 @@ class Found(NamedTuple):
         strategy: What it keeps of the base model, and how far a row is from that.
         base: The base model as a function of replay rows.
         built: Whether the anchor was built just now.
+        tuned: Whether the model has been trained since it was the base model, as far as its files and it know.
     """
 
     anchor: Anchor
     strategy: Strategy
     base: BaseModel
     built: bool
+    tuned: bool
 
 
 def find_anchor(
@@ -120,11 +122,13 @@ def find_anchor(
             base_weights = named_fields(settings.folder, key, ranks)["weights"]
             sibling = key_of({**fields, "weights": base_weights, **others})
             key = sibling if any(ranks.ask(lambda: anchor_folder(settings.folder, sibling).exists())) else key
-        return Found(open_named(settings.folder, key, {**fields, **others}, ranks, claim), strategy, base, built=False)
+        anchor = open_named(settings.folder, key, {**fields, **others}, ranks, claim)
+        return Found(anchor, strategy, base, built=False, tuned=True)
     weights = weights_of(model.inner, ranks)
     fields = {**fields, "weights": weights.digest, **others}
     if key is not None:
-        return Found(open_named(settings.folder, key, fields, ranks, claim), strategy, base, built=False)
+        anchor = open_named(settings.folder, key, fields, ranks, claim)
+        return Found(anchor, strategy, base, built=False, tuned=True)
     plan = build_plan(config.anchor_batch_tokens, strategy, model, replay, fields)._replace(sample=weights.sample)
     built = False
 
@@ -136,7 +140,7 @@ def find_anchor(
     anchor = open_or_build(
         settings.folder, fields, build, reuse=settings.reuse, sample=weights.sample, ranks=ranks, claim=claim
     )
-    return Found(anchor, strategy, base, built)
+    return Found(anchor, strategy, base, built, tuned=False)
 
 
 def strategy_of(settings: ReplaySettings, model: ReadyModel) -> Strategy:

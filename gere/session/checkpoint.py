@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,17 +22,18 @@ from gere.ranks import ALONE, Ranks
 
 ANCHOR_FILE, WEIGHT_FILE, BASE_FILE = "gere_anchor.json", "gere_weight.json", "gere_base.json"
 LIVE = "live"
-STATE_FILE, CHECKPOINT = "trainer_state.json", re.compile(r"checkpoint-\d{1,18}")
+STATE_FILE = "trainer_state.json"
 REMEMBERED = "_gere_base"  # attribute of a model in memory
 T = TypeVar("T")
 KEY = re.compile("[0-9a-f]{32}")
 
 
 class AnchorName(NamedTuple):
-    """Content of `gere_anchor.json`: the key of an anchor."""
+    """Content of `gere_anchor.json`: the key of an anchor, and the base decay of the training."""
 
     anchor: str
     format_version: Literal[1] = 1
+    base_decay: float = 0.0
 
 
 class BaseName(NamedTuple):
@@ -54,27 +56,30 @@ def read_state(folder: Path, fail: Fail) -> RunState:
     return read_record(folder / STATE_FILE, RunState, fail, most=2**30, others=True)
 
 
-def checkpoints_in(folder: Path) -> list[tuple[Path, RunState | None]]:
-    """Find the checkpoints of a training, in the order of their steps; one that a kill has cut has no state."""
-    found = []
-    with folder_errors(folder):
-        paths = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-    for path in sorted(paths, key=lambda path: int(path.name.rpartition("-")[2])):
-        try:
-            state = read_state(path, partial(_corrupt, fix=""))
-        except CacheCorruptError:
-            state = None
-        found.append((path, state))
-    return found
-
-
-def write_key(folder: Path, key: str) -> None:
-    """Write the key of the anchor beside a saved model.
+def write_key(folder: Path, key: str, base_decay: float = 0.0) -> None:
+    """Write the key of the anchor beside a saved model, and the base decay of its training.
 
     Raises:
         CacheFolderError: If the folder cannot be written.
     """
-    _write(folder / ANCHOR_FILE, {"format_version": 1, "anchor": key})
+    content = {"format_version": 1, "anchor": key}
+    if base_decay:
+        content["base_decay"] = base_decay
+    _write(folder / ANCHOR_FILE, content)
+
+
+def read_decay(checkpoint: Path) -> float:
+    """Base decay of the training that a checkpoint belongs to.
+
+    Raises:
+        CacheCorruptError: If the file cannot be used.
+    """
+    fix = "Restore the file, or set gere_config.base_decay to a number."
+    content = _read(checkpoint, ANCHOR_FILE, AnchorName, fix)
+    decay = content.base_decay if content is not None else 0.0
+    if not 0 <= decay < math.inf:
+        raise _corrupt(f"{checkpoint}/{ANCHOR_FILE}", "'base_decay': a finite number >= 0", brief(decay), fix=fix)
+    return decay
 
 
 def write_weight(folder: Path, state: Mapping[str, Any]) -> None:

@@ -36,6 +36,7 @@ class ReplaySession:
         plan: Settings and replay set.
         anchor: The anchor.
         built: Whether it was built for this training.
+        tuned: Whether the model had been trained before.
         heldout: Measures what is left of general ability; `None` if there are no held-out texts.
         strategy: What is kept of the base model, and how far a row is from that.
         base: The base model, which gives the targets of a live strategy.
@@ -53,6 +54,7 @@ class ReplaySession:
     plan: ReplayPlan
     anchor: Anchor
     built: bool
+    tuned: bool
     heldout: HeldOut | None
     strategy: Strategy
     base: BaseModel
@@ -148,13 +150,13 @@ def begin_session(
     settings = plan.settings
     if previous is None:
         found = find_anchor(settings, model, plan.replay, checkpoint=checkpoint, progress=progress, claim=claim)
-        anchor, strategy, base, built = found
+        anchor, strategy, base, built, tuned = found
         weight = make_weight(settings.w_strategy, strategy)
         if checkpoint is not None:
             weight.load_state_dict(read_weight(checkpoint), checkpoint / WEIGHT_FILE)
     else:
         anchor, strategy, base, weight = previous.anchor, previous.strategy, previous.base, previous.weight
-        built = False
+        built, tuned = False, True
         claim(anchor.key)
     heldout = None
     if plan.replay.heldout:
@@ -167,6 +169,7 @@ def begin_session(
         plan=plan,
         anchor=anchor,
         built=built,
+        tuned=tuned,
         heldout=heldout,
         strategy=strategy,
         base=base,

@@ -191,7 +191,11 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 def read_settings(path: Path) -> Any:
     """Return the content of a YAML or JSON file; one that is neither is a `ValueError`."""
-    text = read_regular(path, MOST_SETTINGS).decode("utf-8-sig")
+    with path.open("rb") as stream:  # a pipe is as good, such as that of a shell
+        raw = stream.read(MOST_SETTINGS + 1)
+    if len(raw) > MOST_SETTINGS:
+        raise ValueError(f"it has more than {MOST_SETTINGS:,} bytes")
+    text = raw.decode("utf-8-sig")
     try:
         return json.loads(text) if path.suffix == ".json" else read_yaml(text)
     except RecursionError as error:

@@ -139,7 +139,7 @@ def _loaded_from(model: nn.Module) -> Path | None:
 def _pointed_to(pointer: Path) -> Path | None:
     try:
         return Path(json.loads(pointer.read_text(encoding="utf-8"))["file"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # the files are then looked for as if there had been no pointer
 
 
@@ -197,9 +197,12 @@ def _write(model: nn.Module, copy: Path) -> None:
     require_space(copy.parent, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
     temporary = copy.with_name(f".{copy.name}.tmp")
     with folder_errors(copy.parent):
-        save_file(tensors, temporary, metadata={ROWS: json.dumps(rows_with_base(model))})
-        with temporary.open("rb") as stream:
-            # Without this, a loss of power after the rename can leave the final name on an empty file.
-            os.fsync(stream.fileno())
-        temporary.replace(copy)
+        try:
+            save_file(tensors, temporary, metadata={ROWS: json.dumps(rows_with_base(model))})
+            with temporary.open("rb") as stream:
+                # Without this, a loss of power after the rename can leave the final name on an empty file.
+                os.fsync(stream.fileno())
+            temporary.replace(copy)
+        finally:
+            temporary.unlink(missing_ok=True)
         sync_folder(copy.parent)

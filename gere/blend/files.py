@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from gere._records import MisfitError, typed
 from gere.blend.base import BaseWeights
 from gere.errors import BlendError
 from gere.model.adapters import SHIFTING_INITS
@@ -129,7 +130,10 @@ def _stored(name: str, option: str, revision: str | None) -> Stored:
         if index is None:
             pickled = [file for file in PICKLED if _file(name, file, revision) is not None]
             raise _no_weights(where, f"{SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}", pickled)
-        parts = sorted({*_read_json(index)["weight_map"].values()})
+        try:
+            parts = sorted({*typed(_read_json(index).get("weight_map"), dict[str, str], "weight_map").values()})
+        except MisfitError as error:
+            raise _unreadable(index, "a file of weights for each name", error) from error
         found = [_file(name, part, revision) for part in parts]
         lacking = [part for part, path in zip(parts, found, strict=True) if path is None]
         if lacking:
@@ -170,7 +174,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"a JSON {type(content).__name__}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, "a JSON object", error) from error
     return content
 

@@ -17,7 +17,7 @@ from gere.cache.distil import Part, distil_parts, measure_noise, token_size
 from gere.cache.encode import encode
 from gere.cache.multi_node import spread_files
 from gere.cache.plan import BuildPlan, Distil, parts_of
-from gere.cache.store import MANIFEST, PARTIAL, RETIRED, has_manifest, read_manifest, verify_files
+from gere.cache.store import MANIFEST, PARTIAL, RETIRED, has_manifest, read_manifest, sealed_manifest, verify_files
 from gere.errors import CacheCorruptError, CacheError
 from gere.ranks import ALONE, Ranks
 
@@ -151,6 +151,10 @@ def _checked_manifest(folder: Path) -> bytes | None:
     """Return the bytes of the manifest of a finished anchor; `None` if there is none."""
     if not has_manifest(folder):
         return None
-    read_manifest(folder)
-    with folder_errors(folder):
-        return (folder / MANIFEST).read_bytes()
+    try:
+        return sealed_manifest(folder)[0]
+    except CacheError:
+        # Another run may have removed the anchor just now.
+        if not has_manifest(folder):
+            return None
+        raise

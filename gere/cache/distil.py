@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gere._files import require_space, sha256, write_atomic
+from gere._files import read_regular, require_space, sha256, write_atomic
 from gere.cache.multi_node import deal
 from gere.cache.plan import LOSSES_ONLY, BuildPlan, Distil, Distilled
 from gere.errors import CacheCorruptError, NonFiniteStateError
@@ -211,7 +211,7 @@ def _store(path: Path, tensors: Tensors, tag: str) -> None:
 def _load(path: Path, tag: str) -> Tensors | None:
     """Read a part that an earlier build left; `None` if there is none, or one that was made from something else."""
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path, 2**40)
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
         found, digest = header["__metadata__"]["part"].split()
         tensors = load(raw)

@@ -20,7 +20,7 @@ from gere.cache.build import finish_build, is_everywhere, partial_folder, spread
 from gere.cache.fingerprint import CONFIG, differences, key_of, same_but_for_rounding
 from gere.cache.multi_node import leads_disk
 from gere.cache.store import Anchor, anchor_folder, has_manifest, read_manifest, weights_sample
-from gere.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, GeReError
+from gere.errors import CacheCorruptError, CacheError, CacheMismatchError, CacheMissingError
 from gere.ranks import ALONE, Ranks
 
 LOCK_SECONDS = 2.0
@@ -108,14 +108,19 @@ def open_or_build(
             claim(key)
         return open_whole(folder)
 
-    if reuse:
+    def try_to_take() -> Anchor | None:
         try:
-            if is_everywhere(folder, ranks):
-                return ranks.together(take)
-        except GeReError:
+            return take()
+        except CacheError:
             # Another run may have removed or replaced it just now. What is damaged is so under the lock, too.
-            if not all(ranks.ask(lambda: os.access(root, os.W_OK))):
+            if not os.access(root, os.W_OK):
                 raise
+            return None
+
+    if reuse and is_everywhere(folder, ranks):
+        taken = ranks.together(try_to_take)
+        if all(ranks.gather(taken is not None)):
+            return taken  # type: ignore[return-value]
     ranks.together(lambda: make_folder(root))
     with _locked(root, ranks) as leads:
         if not (reuse and any(ranks.ask(lambda: has_manifest(folder)))):

@@ -109,6 +109,11 @@ def has_manifest(folder: Path) -> bool:
 
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of an anchor, without its other files; errors as in `Anchor`."""
+    return sealed_manifest(folder)[1]
+
+
+def sealed_manifest(folder: Path) -> tuple[bytes, Manifest]:
+    """Read and check a manifest as `read_manifest` does, with its bytes."""
     path = folder / MANIFEST
     raw = read_raw(path, _corrupt)
     # Before all else, since another format may have other fields, and be sealed in another way.
@@ -146,7 +151,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise _corrupt(path, f"SHA-256 {manifest.sha256}", digest)
     if manifest.key != key_of(manifest.fields):
         raise _corrupt(f"{path}, key", f"{key_of(manifest.fields)}, which follows from its fields", manifest.key)
-    return manifest
+    return raw, manifest
 
 
 class Anchor:

@@ -45,11 +45,20 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read(folder: Path) -> Run:
-    if (folder / ABOUT).is_file():
-        return _read_sequence(folder)
-    state = _find_state(folder)
-    if state is not None:
-        return _read_training(folder, state)
+    try:
+        if (folder / ABOUT).is_file():
+            return _read_sequence(folder)
+        state = _find_state(folder)
+        if state is not None:
+            return _read_training(folder, state)
+    except OSError as error:
+        raise RunFolderError(
+            "A run folder cannot be read.",
+            where=error.filename or folder,
+            expected="a folder that this process may read",
+            found=f"{type(error).__name__}: {error.strerror or error}",
+            fix="Leave this run out, or make the folder readable.",
+        ) from error
     raise RunFolderError(
         "The folder holds no run.",
         where=folder,

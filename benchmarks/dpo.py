@@ -115,7 +115,11 @@ def train(options: argparse.Namespace, way: str, seed: int) -> dict[str, Any]:
             "num_interpolate_per_batch": options.replay,
             "gere_hidden_state_saving_dir": options.out.parent / "anchors",
             "gere_config": GeReConfig(
-                replay_dataset=texts, heldout_dataset=heldout, max_length=options.length, replay_mode="add", base_decay=0
+                replay_dataset=texts,
+                heldout_dataset=heldout,
+                max_length=options.length,
+                replay_mode="add",
+                base_decay=0,
             ),
         }
     with tempfile.TemporaryDirectory() as out:

@@ -126,3 +126,14 @@ def repacks_in_eval_mode(module: torch.nn.Module) -> bool:
     no longer be the base that is trained. Nothing else depends on the mode of such a layer.
     """
     return bool(getattr(module, "support_avx512bf16_for_cpu", False))
+
+
+def as_saved(model: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model by the names, and in the shapes, that `save_pretrained` writes."""
+    tensors = model.state_dict()
+    try:
+        # From transformers 5 on, tensors have other names on disk than in many models.
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return dict(tensors)
+    return dict(revert_weight_conversion(model, tensors))

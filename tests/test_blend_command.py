@@ -585,16 +585,16 @@ def test_texts_and_rows_that_cannot_be_used(save, blend, tmp_path):
     words = [tuned, "--base", TINY]
     rows.write_text('{"text": "One text alone."}')
     assert "two texts or more" in blend(*words, "--texts", rows, "--budget", 0.1, fails=True)
-    assert "expected: a file of texts" in blend(*words, "--texts", tmp_path / "none.jsonl", out=None, fails=True)
+    said = blend(*words, "--texts", tmp_path / "none.jsonl", out=None, fails=True)
+    assert "where:    --texts" in said and "FileNotFoundError" in said and "replay" not in said
     for row, fault in (
         ('{"input": "a"}', "output is"),
         ('{"output": "a"}', "instruction or input is"),
         ("3", "no record"),
     ):
         rows.write_text(row)
-        assert f"line 1 of the file: {fault}" in blend(*words, "--task-file", rows, out=None, fails=True).replace(
-            "a JSON int, which is ", ""
-        )
+        said = blend(*words, "--task-file", rows, out=None, fails=True)
+        assert "rows.jsonl, line 1" in said and fault in said
 
 
 def test_help_imports_nothing_heavy():

@@ -159,7 +159,7 @@ def test_errors_by_name(tmp_path, write, capsys):
     said = fails(capsys, "--source", write("a.jsonl", ["x y"]), "--out", tmp_path / "a.txt")
     assert ".jsonl" in said and not (tmp_path / "a.txt").exists()
     assert "ReplaySetError" in fails(capsys, "--source", tmp_path / "no.jsonl")
-    assert "replay_column" in fails(capsys, "--source", write("a.jsonl", [{"body": "x y"}]))
+    assert "--column" in fails(capsys, "--source", write("a.jsonl", [{"body": "x y"}]))
     tuned = tmp_path / "tuned"
     load_tiny().save_pretrained(tuned)
     write_key(tuned, "0" * 32)

@@ -309,7 +309,7 @@ def test_what_is_drawn(mixed):
 def test_same_bytes_for_the_same_files(mixed, tmp_path):
     """Whatever the order of Python's sets is, and whatever a user has set for matplotlib."""
     for seed in ("1", "2"):
-        words = [sys.executable, "-m", "gere.cli", "report", *mixed, "--out", tmp_path / f"{seed}.html"]
+        words = [sys.executable, "-m", "gere", "report", *mixed, "--out", tmp_path / f"{seed}.html"]
         words += ["--markdown", tmp_path / f"{seed}.md"]
         (tmp_path / seed).mkdir()
         (tmp_path / seed / "matplotlibrc").write_text(f"font.size: 1{seed}\nlines.linewidth: {seed}\n")

@@ -21,12 +21,12 @@ class Measured(NamedTuple):
     """What a line is measured on; empty for what is not.
 
     Attributes:
-        texts: General texts that nobody trained on.
+        texts: General texts that nobody trained on, as `text_losses` takes them.
         examples: Rows of the task.
         max_length: Tokens of a text or row that are read.
     """
 
-    texts: Sequence[str]
+    texts: Sequence[Any]
     examples: Sequence[Example]
     max_length: int
 

@@ -17,12 +17,12 @@ from gere.blend.match import find_line
 from gere.blend.measure import Measured, Walk, require_finite
 from gere.blend.pairs import Line
 from gere.cli.blend_plot import draw, figure_class
-from gere.cli.loading import load_model, load_tokenizer
+from gere.cli.loading import load_model, load_tokenizer, measuring_device
 from gere.config import require
 from gere.errors import GeReError, MissingPackageError
 from gere.evaluation.examples import read_examples
 from gere.evaluation.general import GeneralChange
-from gere.replay.texts import Source, read_texts
+from gere.replay.texts import Source, read_rows
 
 
 def blend(options: argparse.Namespace) -> int:
@@ -63,18 +63,17 @@ def _find_base(tuned: Stored, options: argparse.Namespace) -> Stored:
 
 def _walk(line: Line, base: str | None, options: argparse.Namespace) -> Walk | None:
     """Load what is needed to measure; `None` if nothing is to be measured."""
-    texts, examples = [], []
+    texts: list[Any] = []
+    examples = []
     if options.texts is not None:
-        require(Path(options.texts).exists(), "--texts", "a file of texts", options.texts)
-        texts = read_texts(Source(options.texts, "--texts", None, "train", options.column), Path())
+        texts = read_rows(Source(options.texts, f"--texts {options.texts}", column=options.column, settings="--"))
         if options.budget is not None:
             require(len(texts) > 1, "--texts", "two texts or more, so that there is an interval", f"{len(texts)} text")
     if options.task_file is not None:
         examples = read_examples(options.task_file)
     if not texts and not examples:
         return None
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = options.dtype or {"cpu": "float32"}.get(device.type, "auto")
+    device, dtype = measuring_device(options.device, options.dtype)
     model = _load(line, base, dtype, device)
     tokenizer = load_tokenizer(_with_tokenizer(line.tuned.name, base), option="TUNED")
     return Walk(line, model, tokenizer, Measured(texts, examples, options.max_length))

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gere.blend.choice import Point
-from gere.errors import ConfigError, MissingPackageError
+from gere.cli.settings import output_errors
+from gere.errors import MissingPackageError
 
 
 def draw(points: Sequence[Point], chosen: float | None, path: Path) -> None:
@@ -27,17 +28,9 @@ def draw(points: Sequence[Point], chosen: float | None, path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
         if chosen is not None:
             axes.axvline(chosen, linestyle=":", color="black")
-    try:
+    with output_errors(path, "The plot", "--plot"):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
-    except OSError as error:
-        raise ConfigError(
-            "The plot cannot be written.",
-            where=path,
-            expected="a path that this process may write to",
-            found=f"{type(error).__name__}: {error.strerror or error}",
-            fix="Give another --plot.",
-        ) from error
 
 
 def figure_class() -> Any:

@@ -32,8 +32,9 @@ def build(options: argparse.Namespace) -> int:
     with _accelerated(options) as (accelerator, device):
         ranks = _compat.ranks_here()
         leads = ranks.index == 0
-        tokenizer = load_tokenizer(options.tokenizer or options.model, options.pad_token)
         model = load_model(options.model, options.dtype, device)
+        named = ("--tokenizer", options.tokenizer) if options.tokenizer else ("--model", options.model)
+        tokenizer = load_tokenizer(named[1], options.pad_token, option=named[0])
         # Before `prepare_model`, which adds autocast: a training samples the texts of "self" without it.
         plan = make_plan(settings, tokenizer, model, ranks, checkpoint=None, progress=leads)
         before = _written(settings.folder)

@@ -11,6 +11,26 @@ from gere.errors import ConfigError, TokenizerError
 from gere.model.adapters import refuse_unanchorable
 
 
+def measuring_device(name: str | None, dtype: str | None) -> tuple[torch.device, str]:
+    """Return the device of `--device`, by default a GPU if there is one, and the precision of a model there.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            "There is no such device.",
+            where="--device",
+            expected="cpu, or a device that this PyTorch reaches, such as cuda or cuda:1",
+            found=f"{name!r}: {str(error).splitlines()[0]}",
+            fix="Correct the device, or leave it out.",
+        ) from error
+    return device, dtype or {"cpu": "float32"}.get(device.type, "auto")
+
+
 def load_model(name: str, dtype: str | None, device: torch.device, option: str = "--model") -> Any:
     """Load a causal language model that can be anchored, and move it as the trainer does.
 

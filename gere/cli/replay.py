@@ -6,10 +6,12 @@ import argparse
 import dataclasses
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gere.cli.settings import read_kwargs
+from gere._files import write_whole
+from gere.cli.settings import output_errors, read_kwargs
 from gere.config import DTYPES, TRAINER_FIELDS, GeReConfig, require
 from gere.errors import ConfigError
 
@@ -22,6 +24,7 @@ SHORT = {
     "--max-length": "max_length",
     "--column": "replay_column",
     "--split": "replay_split",
+    "--subset": "replay_subset",
     "--prompt": "self_prompt",
     "--temperature": "self_temperature",
     "--top-p": "self_top_p",
@@ -60,23 +63,21 @@ def add_replay(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     """Read or sample the texts, write them if asked to, and report on them."""
     config = _config(options.set)
-    sources = [_source(word, options.size, config) for word in options.source]
-    _require_usable(options, sources)
+    sources = [(word, _source(word, options.size, config)) for word in options.source]
+    _require_usable(options, [source for _, source in sources])
     # Imports torch and transformers, which a wrong word should not wait for.
     from gere.cli.replay_stats import describe, without_repeats
 
-    tokenizer = _tokenizer(options.tokenizer or options.model)
+    tokenizer = _tokenizer(options)
     records: list[Record] = []
     # Texts of the model and of the hub are always kept in some folder.
     with tempfile.TemporaryDirectory() as unkept:
-        for source in sources:
-            records += _records(source, options, tokenizer, options.saving_dir or Path(unkept))
+        for word, source in sources:
+            records += _records(word, source, options, tokenizer, options.saving_dir or Path(unkept))
     report = describe(records, tokenizer, config)
     if options.out is not None:
-        from gere.replay.texts import write_records
-
         kept = without_repeats(records)
-        write_records(options.out, [record._asdict() for record in kept])
+        _write(options.out, kept)
         report += f"wrote {len(kept)} texts to {options.out}\n"
     sys.stdout.write(report)
     return 0
@@ -103,6 +104,7 @@ def _source(word: str, size: int | None, config: GeReConfig) -> GeReConfig:
         sound = bool(name) and number.isascii() and number.isdecimal() and int(number) > 0
         require(sound, "--source", "SOURCE=N with a whole number N of at least 1", word)
         size = int(number)
+    require(size is None or size > 0, "--size", "a whole number of at least 1", size)
     dataset = None if name == HUB else name
     return dataclasses.replace(config, replay_dataset=dataset, replay_size=size)
 
@@ -130,38 +132,47 @@ def _require_usable(options: argparse.Namespace, sources: list[GeReConfig]) -> N
         )
 
 
-def _tokenizer(name: str | None) -> Any:
+def _write(path: Path, records: Sequence[Record]) -> None:
+    """Write rows as they were read, so that a training shows chats by the template of its own tokenizer."""
+    from gere.replay.texts import json_lines
+
+    with output_errors(path, "The replay file", "--out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json_lines({**record.row.record, "source": record.source} for record in records))
+
+
+def _tokenizer(options: argparse.Namespace) -> Any:
+    name, option = options.tokenizer, "--tokenizer"
+    if name is None:
+        name, option = options.model, "--model"
     if name is None:
         return None
     from gere.cli.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, option=option)
     if tokenizer.pad_token_id is None:
         # Padding is masked, so any token works.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     return tokenizer
 
 
-def _records(source: GeReConfig, options: argparse.Namespace, tokenizer: Any, folder: Path) -> list[Record]:
-    from gere.cli.replay_stats import Record, sources_of
-    from gere.replay.texts import load_texts
+def _records(word: str, config: GeReConfig, options: argparse.Namespace, tokenizer: Any, folder: Path) -> list[Record]:
+    from gere.cli.replay_stats import Record
+    from gere.replay.texts import read_rows, replay_source
 
-    own = _sample(source, options, tokenizer, folder) if source.samples_itself else None
-    texts = load_texts(source, folder, own)
-    names = sources_of(str(source.replay_dataset or HUB), texts)
-    return list(map(Record, texts, names))
+    own = _sample(config, options, tokenizer, folder) if config.samples_itself else None
+    source = replay_source(config, own)._replace(where=f"--source {word}", settings="--")
+    name = str(config.replay_dataset or HUB)
+    return [Record(row.render(tokenizer), row.source or name, row) for row in read_rows(source, folder)]
 
 
 def _sample(config: GeReConfig, options: argparse.Namespace, tokenizer: Any, folder: Path) -> list[str]:
     """Let the base model write texts, or read those that it wrote into `folder` before."""
-    import torch
-
-    from gere.cli.loading import load_model
+    from gere.cli.loading import load_model, measuring_device
     from gere.replay.written import own_texts
     from gere.session.checkpoint import ANCHOR_FILE, loaded_key
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = options.dtype or {"cpu": "float32"}.get(device.type, "auto")
+    device, dtype = measuring_device(options.device, options.dtype)
     model = load_model(options.model, dtype, device)
     if loaded_key(model) is not None:
         raise ConfigError(

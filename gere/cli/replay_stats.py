@@ -3,41 +3,25 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from gere.config import GeReConfig
-from gere.errors import ReplaySetError
-from gere.replay.rows import adds_bos, private_copy
+from gere.replay.forms import TEXT, Row, Templated
+from gere.replay.rows import token_rows
 from gere.replay.sieve import caseless, is_loop
-from gere.replay.texts import SUFFIXES, read_file
+
+SHOWN = 200  # characters
 
 
 class Record(NamedTuple):
-    """A text and where it comes from."""
+    """A text, where it comes from, and the row that it was read from."""
 
     text: str
     source: str
-
-
-def sources_of(name: str, texts: Sequence[str]) -> list[str]:
-    """Name the source of each text: the field `source` of its record if all records of the file have one, else `name`.
-
-    `name` is the source of the command line, and `texts` are its first texts.
-    """
-    path = Path(name)
-    if path.suffix in SUFFIXES and path.is_file():
-        # Most files have no such field.
-        try:
-            named = read_file(path, "source")[: len(texts)]
-        except ReplaySetError:
-            named = []
-        # A file of bare strings returns these for any column.
-        if named and all(isinstance(source, str) and source for source in named) and named != list(texts):
-            return named
-    return [name] * len(texts)
+    row: Row = Row("", TEXT)
 
 
 def without_repeats(records: Sequence[Record]) -> list[Record]:
@@ -60,7 +44,7 @@ def describe(records: Sequence[Record], tokenizer: Any, config: GeReConfig) -> s
     unit = "words"
     pieces: list[Any] = [text.split() for text in texts]
     if tokenizer is not None:
-        unit, pieces = "tokens", _rows(texts, tokenizer, config)
+        unit, pieces = "tokens", token_rows(texts, tokenizer, sys.maxsize, config.add_bos)
     lines.append((unit, _spread(pieces)))
     if tokenizer is not None:
         cut = sum(len(row) > config.max_length for row in pieces)
@@ -70,18 +54,24 @@ def describe(records: Sequence[Record], tokenizer: Any, config: GeReConfig) -> s
         ("near repeats", f"{near - exact:,} more, but for case and spaces"),
         ("loops", f"{sum(map(is_loop, pieces)):,} texts, of whose runs of four {unit} under half are different"),
     ]
+    lines += _forms(records)
     for source, count in Counter(record.source for record in records).most_common():
         lines.append(("source", f"{source}: {count:,} texts, {count / len(texts):.1%}"))
     return "".join(f"{name:<13}{value}\n" for name, value in lines)
 
 
-def _rows(texts: Sequence[str], tokenizer: Any, config: GeReConfig) -> list[list[int]]:
-    """Tokenise whole texts, with the BOS that a replay row has."""
-    private = private_copy(tokenizer)
-    # `tokenize` would cut them at `max_length`, and the report tells how many are longer.
-    encoded = private(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    first = [tokenizer.bos_token_id] if adds_bos(private, config) else []
-    return [first + list(ids) for ids in encoded]
+def _forms(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Say how the rows of each form were read, and show the first one, unless all are plain texts."""
+    lines = []
+    for form, count in Counter(record.row.form for record in records).items():
+        text = next(record.text for record in records if record.row.form == form)
+        how = "joined"
+        if form == TEXT:
+            how = "as they are"
+        elif isinstance(text, Templated):
+            how = "by the chat template"
+        lines.append(("form", f"{form}: {count:,} texts, {how}, such as {text[:SHOWN]!r}"))
+    return lines
 
 
 def _spread(items: Sequence[Any]) -> str:

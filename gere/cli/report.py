@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gere._files import write_whole
+from gere.cli.settings import output_errors
 from gere.config import require
-from gere.errors import ConfigError
 
 
 def add_report(commands: Any) -> None:
@@ -29,22 +30,18 @@ def _run(options: argparse.Namespace) -> int:
     from gere.report import make_report
 
     report = make_report(options.runs)
-    _write(options.out, report.html)
+    _write(options.out, report.html, "--out")
     if options.markdown is not None:
-        _write(options.markdown, report.markdown)
+        _write(options.markdown, report.markdown, "--markdown")
     sys.stdout.write(f"{report.markdown}\nwrote {options.out}\n")
     return 0
 
 
-def _write(path: Path, text: str) -> None:
-    try:
+def _write(path: Path, text: str, option: str) -> None:
+    """Write a page whole or not at all; into what is no regular file, such as `/dev/stdout`, as it is."""
+    with output_errors(path, "The report", option):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text.encode("utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            "The report cannot be written.",
-            where=path,
-            expected="a path that this process may write to",
-            found=f"{type(error).__name__}: {error.strerror or error}",
-            fix="Give another path.",
-        ) from error
+        if path.exists() and not path.is_file():
+            path.write_bytes(text.encode("utf-8"))
+        else:
+            write_whole(path.resolve(), text.encode("utf-8"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
@@ -37,6 +38,21 @@ def read_kwargs(file: Path | None, words: Sequence[str]) -> dict[str, Any]:
     return kwargs_of_section(section, f"{file}, --set")
 
 
+@contextmanager
+def output_errors(path: Path, what: str, option: str) -> Iterator[None]:
+    """Turn the system's errors about a file that is written into a `ConfigError` that names the option."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{what} cannot be written.",
+            where=path,
+            expected="a path that this process may write to",
+            found=f"{type(error).__name__}: {error.strerror or error}",
+            fix=f"Give another {option}.",
+        ) from error
+
+
 def settings_help() -> str:
     """List the settings of `GeReConfig` with their defaults, for a command's help."""
     lines = []
@@ -62,7 +78,7 @@ def _value(name: str, text: str) -> Any:
         return PYTHON_WORDS[text]
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         # The check of the setting names it, and says what it expects.
         return text
 

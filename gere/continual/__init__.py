@@ -11,6 +11,6 @@ from gere.continual.sequence import run as run
 from gere.continual.settings import SequenceSettings as SequenceSettings
 from gere.continual.settings import read_sequence as read_sequence
 from gere.continual.tasks import Task as Task
-from gere.continual.tasks import TaskRow as TaskRow
 from gere.continual.tasks import read_task as read_task
 from gere.continual.trainers import TrainerFactory as TrainerFactory
+from gere.evaluation.examples import TaskRow as TaskRow

@@ -7,14 +7,14 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from gere.config import kwargs_of_section, require
 from gere.continual.settings import SequenceSettings, require_name
-from gere.errors import ConfigError, TokenizerError, UnsupportedSettingError
+from gere.errors import ConfigError, MissingPackageError, TokenizerError, UnsupportedSettingError
 from gere.trainer import GeReTrainer
 
 # Called as `factory(model, tokenizer, train_rows, args, **settings)`.
@@ -83,7 +83,7 @@ def training_arguments(settings: SequenceSettings, folder: Path, task: int = 0) 
     # `save_only_model` leaves the optimizer out, so that a checkpoint could not be resumed.
     taken = [name for name in ("output_dir", "seed", "save_only_model") if name in settings.training]
     require(not taken, "training", "out and seed beside it, and checkpoints to resume from", ", ".join(taken))
-    given = {name: _as_number(name, value) for name, value in settings.training.items()}
+    given = {name: _as_number(name, value) for name, value in settings.training.items() if value is not None}
     if "save_steps" in given:
         given.setdefault("save_strategy", "steps")
     base = given.get("data_seed")
@@ -119,11 +119,19 @@ def order_seed(seed: int, task: int) -> int:
 
 
 def _as_number(name: str, value: Any) -> Any:
-    """Read a float that stands as text."""
+    """Read a float that stands as text; refuse what is no number where only numbers are taken."""
+    hint = get_type_hints(TrainingArguments).get(name)
+    kinds = {*(get_args(hint) or (hint,))} - {type(None)}
     # YAML 1.1 wants a dot in a number: it reads 1e-4 as text.
-    if isinstance(value, str) and get_type_hints(TrainingArguments).get(name) is float:
+    if isinstance(value, str) and float in kinds:
         with contextlib.suppress(ValueError):
-            return float(value)
+            value = float(value)
+    if kinds <= {int, float, bool}:
+        whole = isinstance(value, int) or (isinstance(value, float) and float in kinds)
+        expected = " or ".join(sorted(kind.__name__ for kind in kinds))
+        require(whole and (isinstance(value, bool) <= (bool in kinds)), f"training.{name}", expected, value)
+        # The data loader would refuse it, far from here.
+        require(value >= 1 or not name.endswith("batch_size"), f"training.{name}", "1 or more", value)
     return value
 
 
@@ -153,8 +161,16 @@ def load_model(settings: SequenceSettings, saved: Path | None) -> Any:
     require(settings.max_length <= most, "max_length", f"at most {most}, which the model has", settings.max_length)
     if settings.lora is None:
         return model
-    from peft import LoraConfig, PeftModel, get_peft_model
-
+    try:
+        from peft import LoraConfig, PeftModel, get_peft_model
+    except ImportError as error:
+        raise MissingPackageError(
+            "An adapter is to be trained, and the package for it cannot be imported.",
+            where="lora",
+            expected="package peft",
+            found=error,
+            fix='pip install "gere[peft]"',
+        ) from error
     if saved is not None:
         # By default PEFT loads an adapter for inference, with frozen weights.
         return PeftModel.from_pretrained(model, str(saved), is_trainable=True)

@@ -19,7 +19,8 @@ from gere.evaluation.general import CHANGE, LOSS, change_of, text_losses
 from gere.evaluation.lm_eval import PREFIX as LM_EVAL
 from gere.evaluation.lm_eval import load_tasks
 from gere.evaluation.questions import Question, read_questions, spread
-from gere.replay.texts import read_file
+from gere.replay.texts import Source as TextSource
+from gere.replay.texts import read_rows
 
 PREFIX, OF_TASK, ERROR = "general/", "_change", "_se"
 Source = str | Path | Sequence[Question]
@@ -40,7 +41,7 @@ class GeneralAbilityCallback(TrainerCallback):
     `trainer.state.log_history` and `trainer_state.json`, but no reporter sees them.
 
     Args:
-        texts: Held-out general texts: a list, or a .jsonl (key `text`), .json, .parquet or .txt file.
+        texts: Held-out general texts: whatever `GeReConfig.replay_dataset` takes, but `"self"`.
         tasks: Multiple-choice tasks by name; each a file or a list as in `gere.evaluation.read_questions`, or a task
             of lm-evaluation-harness as `lm-eval:arc_easy` or `lm-eval:folder/mine.yaml`. A list of sources names
             them itself: `sciq` for `sciq.validation.jsonl`, `arc_easy` for `lm-eval:arc_easy`.
@@ -55,7 +56,7 @@ class GeneralAbilityCallback(TrainerCallback):
         ConfigError: If there is nothing to measure, two tasks have one name, or a task of lm-eval does not have the
             accuracy that `normalization` asks for.
         QuestionError: If a task cannot be read.
-        ReplaySetError: If the file of texts cannot be read.
+        ReplaySetError: If the texts cannot be read.
         MissingPackageError: If a task of lm-eval is named and the package is not installed.
 
     Example:
@@ -65,7 +66,7 @@ class GeneralAbilityCallback(TrainerCallback):
 
     def __init__(
         self,
-        texts: str | Path | Sequence[str] | None = None,
+        texts: Any = None,
         tasks: Mapping[str, Source] | Iterable[str | Path] | None = None,
         *,
         limit: int | None = None,
@@ -76,9 +77,8 @@ class GeneralAbilityCallback(TrainerCallback):
     ) -> None:
         named = _named(tasks or {})
         require(texts is not None or bool(named), "texts and tasks", "at least one of them", None)
-        if isinstance(texts, (str, Path)):
-            texts = read_file(Path(texts), "text")
-        self._texts: list[str] = spread(list(texts or []), limit)
+        rows = [] if texts is None else read_rows(TextSource(texts, "texts"))
+        self._texts = spread(rows, limit)
         self._sizes = {"batch_size": batch_size, "max_length": max_length}
         if not isinstance(normalization, Mapping):
             normalization = dict.fromkeys(named, normalization)

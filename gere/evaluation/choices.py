@@ -19,7 +19,7 @@ from gere.evaluation.questions import Question
 from gere.model.batching import pad_rows
 from gere.model.forward import evaluating
 from gere.ranks import ALONE, Ranks
-from gere.replay.rows import private_copy
+from gere.replay.rows import one_bos, private_copy
 
 ChoiceNormalization = Literal["characters", "tokens", "none"]
 CHUNK_TOKENS = 256
@@ -150,9 +150,13 @@ def encode(tokenizer: Any, questions: Sequence[Question], max_length: int) -> li
             contexts.append(context)
             texts.append(_joined(context, option))
     once = list(dict.fromkeys(contexts))  # the options of a question share its context
-    alone = dict(zip(once, private(once, verbose=False)["input_ids"], strict=True))
-    together = private(texts, verbose=False)["input_ids"]
+    alone = dict(zip(once, _ids(private, once), strict=True))
+    together = _ids(private, texts)
     return [_row(tokenizer, alone[context], ids, max_length) for context, ids in zip(contexts, together, strict=True)]
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return [one_bos(ids, tokenizer) for ids in tokenizer(texts, verbose=False)["input_ids"]]
 
 
 def _joined(context: str, option: str) -> str:

@@ -9,14 +9,35 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gere._files import numbered_lines
 from gere.errors import ConfigError
 from gere.evaluation.choices import Row, first_token, log_likelihoods
 from gere.evaluation.general import row_values
 from gere.model.batching import batches_by_length
 from gere.model.forward import evaluating
 from gere.ranks import ALONE, Ranks
-from gere.replay.rows import private_copy
+from gere.replay.records import Record, blank, read_records, take
+from gere.replay.rows import private_copy, prompt_ids
+
+SHAPE = "a record with output, and instruction, input or both"
+
+
+class TaskRow(NamedTuple):
+    """One question of a task.
+
+    Attributes:
+        instruction: The question, usually the same in all rows of a task; empty if there is none.
+        input: The text that it is about; empty if there is none.
+        output: The right answer.
+    """
+
+    instruction: str
+    input: str
+    output: str
+
+    @property
+    def prompt(self) -> str:
+        """Text that the model reads before its answer."""
+        return self.instruction + self.input
 
 
 class Example(NamedTuple):
@@ -26,25 +47,29 @@ class Example(NamedTuple):
     output: str
 
 
-def read_examples(path: Path) -> list[Example]:
-    """Read JSON lines with `output`, and `instruction`, `input` or both, which are joined as they stand.
+def read_task_rows(path: Path, setting: str) -> list[TaskRow]:
+    """Read records with `output`, and `instruction`, `input` or both; a number is read as its text.
+
+    Messages name the `setting` that names the file.
 
     Raises:
-        ConfigError: If the file cannot be read, is empty, or a row lacks a field.
+        ConfigError: If the file cannot be read, has no rows, or a row lacks a field.
     """
-    try:
-        examples = [_example(record, line) for line, record in numbered_lines(path)]
-        if not examples:
-            raise ValueError("no rows")
-    except (OSError, ValueError) as error:
+    rows = take(read_records(path, ConfigError, setting), _task_row, error=ConfigError, expected=SHAPE)
+    if not rows:
         raise ConfigError(
-            "A file of task rows cannot be read.",
-            where=path,
-            expected="JSON lines with the texts output, and instruction or input",
-            found=f"{type(error).__name__}: {error}",
+            "A file of task rows is empty.",
+            where=f"{setting}, {path}",
+            expected=f"rows, each {SHAPE}",
+            found="no rows",
             fix="Correct the path or the file.",
-        ) from error
-    return examples
+        )
+    return rows
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Read task rows as `read_task_rows` does, with instruction and input joined as they stand."""
+    return [Example(row.prompt, row.output) for row in read_task_rows(path, "--task-file")]
 
 
 def example_losses(
@@ -80,23 +105,28 @@ def example_losses(
     return [-value / (len(row.ids) - row.start) for row, value in zip(rows, found, strict=True)]
 
 
-def _example(record: Any, line: int) -> Example:
-    if not isinstance(record, dict):
-        raise ValueError(f"line {line} of the file: a JSON {type(record).__name__}, which is no record")
-    parts = [record[name] for name in ("instruction", "input") if record.get(name) is not None]
-    output = record.get("output")
-    for name, texts in (("instruction or input", parts), ("output", [output])):
-        if not all(isinstance(text, str) for text in texts) or not any(texts):
-            raise ValueError(f"line {line} of the file: {name} is missing, empty or no text")
-    return Example("".join(parts), str(output))
+def _task_row(record: Record) -> TaskRow | None:
+    if not isinstance(record.value, dict):
+        if blank(record.value):
+            return None
+        raise ValueError(f"a value of type {type(record.value).__name__}, which is no record")
+    fields = {name: record.value.get(name) for name in TaskRow._fields}
+    if blank(record.value) or (blank(fields) and not fields.keys().isdisjoint(record.value)):
+        return None
+    for names in (("instruction", "input"), ("output",)):
+        values = [fields[name] for name in names]
+        if all(value is None or value == "" for value in values):
+            raise ValueError(f"{' or '.join(names)} is missing, null or empty")
+        strange = [name for name in names if not isinstance(fields[name], str | int | float | None)]
+        if strange:
+            raise ValueError(f"{strange[0]} is of type {type(fields[strange[0]]).__name__}")
+    # `str(None)` would make the word "None" of it.
+    return TaskRow(*("" if value is None else str(value) for value in fields.values()))
 
 
 def _encode(tokenizer: Any, example: Example, most: int) -> Row:
     prompt, output = example
-    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
-    # Some tokenizers end every text, and the output comes after this one.
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
+    ids = prompt_ids(tokenizer, prompt)
     if not ids:
         ids = [first_token(tokenizer)]
     if not prompt[-1:].isspace() and not output[:1].isspace():

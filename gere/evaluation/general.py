@@ -15,7 +15,8 @@ from gere.losses.cross_entropy import next_token_ce
 from gere.model.batching import batches_by_length, pad_rows
 from gere.model.forward import evaluating
 from gere.ranks import ALONE, Ranks
-from gere.replay.rows import private_copy
+from gere.replay.rows import token_rows, with_two_tokens
+from gere.replay.texts import Source, read_rows
 
 R = TypeVar("R")
 LOSS, CHANGE, INTERVAL = "general/loss", "general/change", "general/change_interval"
@@ -51,7 +52,7 @@ def change_of(now: Sequence[float], base: Sequence[float]) -> GeneralChange:
 def general_loss(
     model: nn.Module,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[Any],
     *,
     max_length: int = 512,
     batch_tokens: int = 4096,
@@ -65,7 +66,7 @@ def general_loss(
 def text_losses(
     model: nn.Module,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[Any],
     *,
     max_length: int = 512,
     batch_tokens: int = 4096,
@@ -76,7 +77,7 @@ def text_losses(
     Args:
         model: A causal language model; its mode is restored.
         tokenizer: Its tokenizer; unchanged.
-        texts: General texts that are in no training or replay set.
+        texts: General texts that are in no training or replay set; rows of chats or paths, too.
         max_length: Tokens of a text that are read.
         batch_tokens: Padded tokens of one forward pass.
         ranks: The processes that share the work; each must call this and gets the same result.
@@ -85,26 +86,20 @@ def text_losses(
         Cross-entropy in nats of each text that has two tokens or more.
 
     Raises:
-        ReplaySetError: If no text has two tokens.
+        ReplaySetError: If there is no text, or none that has two tokens.
     """
-    usable: list[str] = []
-    found = "one string"
-    if not isinstance(texts, str):  # a string is a sequence too, and each of its letters would count as a text
-        usable = list(texts)
-        found = f"{len(usable)} texts, none of two tokens"
-    rows: list[list[int]] = []
-    if usable:  # tokenizers fail on an empty list
-        encoded = private_copy(tokenizer)(usable, verbose=False)["input_ids"]
-        rows = [list(ids)[:max_length] for ids in encoded]
-    rows = [row for row in rows if len(row) > 1]  # the first token of a row is not predicted
-    if not rows:
+    if isinstance(texts, str):
         raise ReplaySetError(
             "There is no general text to evaluate on.",
             where="texts",
-            expected="a list of texts, at least one of two tokens",
-            found=found,
-            fix="Give held-out general texts.",
+            expected="a list of texts, or of paths",
+            found=f"one string, {texts[:80]!r}",
+            fix="Put it into a list.",
         )
+    # A list may hold paths, chats, or texts that a tokenizer refuses.
+    read = [row.render(tokenizer) for row in read_rows(Source(texts, "texts"))]
+    rows = token_rows(read, tokenizer, max_length)
+    rows = [rows[place] for place in with_two_tokens(rows, "texts")]
     with evaluating(model):
         return row_values(partial(_losses, model), rows, list(batches_by_length(rows, batch_tokens)), ranks)
 

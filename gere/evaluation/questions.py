@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gere._files import read_lines
 from gere.config import require
 from gere.errors import QuestionError
 from gere.replay import rows
+from gere.replay.records import Record, blank, read_records, take
 
 T = TypeVar("T")
 SHAPE = '{"query": str or a list with one for each choice, "choices": [str, ...], "gold": int}; or "question": str'
@@ -65,30 +65,27 @@ def read_questions(source: str | Path, limit: int | None = None) -> list[Questio
     r"""Read the questions of a task.
 
     Args:
-        source: A .jsonl file with `{"query", "choices", "gold"}` on each line. A list of queries has one for each
+        source: A file of records `{"query", "choices", "gold"}`, such as .jsonl. A list of queries has one for each
             choice. `"question"` in place of `"query"` is read as `"Question: ...\nAnswer:"`. Other fields are ignored.
         limit: Questions to take, evenly spread over the file, since some files are sorted by subject.
 
     Raises:
         QuestionError: If the file cannot be read, or a question cannot be used.
     """
-    try:
-        records = list(read_lines(Path(source)))
-    except (OSError, ValueError) as error:
-        fix = "Correct the path or the file."
-        if not Path(source).suffix:
-            fix = f'Give a .jsonl file, or the task lm-eval:{source} after pip install "gere[lm-eval]".'
+    path = Path(source)
+    if not path.suffix and not path.is_file():
         raise QuestionError(
-            "A file of questions cannot be read.",
+            "There is no such file of questions.",
             where=source,
-            expected=f"a .jsonl file, each line {SHAPE}",
-            found=f"{type(error).__name__}: {error}",
-            fix=fix,
-        ) from error
-    if not records:
-        raise QuestionError("There are no questions.", where=source, expected=f"lines of {SHAPE}", found="none")
+            expected=f"a file such as .jsonl, each row {SHAPE}",
+            found="no file",
+            fix=f'Give a .jsonl file, or the task lm-eval:{source} after pip install "gere[lm-eval]".',
+        )
     # All are read before some are taken: a damaged file is refused whatever the limit is.
-    return spread([_question(record, f"{source}, question {row}") for row, record in enumerate(records, 1)], limit)
+    questions = take(read_records(path, QuestionError, "questions"), _question, error=QuestionError, expected=SHAPE)
+    if not questions:
+        raise QuestionError("There are no questions.", where=source, expected=f"rows of {SHAPE}", found="none")
+    return spread(questions, limit)
 
 
 def spread(items: list[T], limit: int | None) -> list[T]:
@@ -101,21 +98,17 @@ def _are_texts(value: object) -> bool:
     return isinstance(value, tuple) and all(isinstance(text, str) for text in value)
 
 
-def _question(record: Any, where: str) -> Question:
-    fields: Any = record if isinstance(record, dict) else {}
+def _question(record: Record) -> Question | None:
+    if blank(record.value):
+        return None
+    fields: Any = record.value if isinstance(record.value, dict) else {}
     context = _tuple(fields.get("query"))
     if "query" not in fields and isinstance(fields.get("question"), str):
         context = f"Question: {fields['question'].strip()}\nAnswer:"
     try:
         return Question(context, _tuple(fields.get("choices")), fields.get("gold"))
     except QuestionError as error:
-        raise QuestionError(
-            "A multiple-choice question cannot be used.",
-            where=where,
-            expected=SHAPE,
-            found=json.dumps(record, ensure_ascii=False)[:200],
-            fix="Correct or drop the line.",
-        ) from error
+        raise ValueError(json.dumps(record.value, ensure_ascii=False, default=str)[:200]) from error
 
 
 def _tuple(value: Any) -> Any:

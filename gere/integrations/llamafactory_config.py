@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from gere._files import open_text
 from gere._log import logger
 from gere.config import kwargs_of_section
 from gere.errors import ConfigError, GeReError, UnsupportedSettingError
@@ -33,7 +34,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     # LLaMA-Factory reads by OmegaConf, which knows numbers such as 1e-4 that PyYAML takes for text.
     reader = needed("omegaconf").OmegaConf
     try:
-        content: Any = path.read_text(encoding="utf-8")
+        with open_text(path) as stream:
+            content: Any = stream.read()
         if path.suffix == ".json":
             content = json.loads(content)
         loaded = reader.create(content)

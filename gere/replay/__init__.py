@@ -4,4 +4,3 @@ from gere.replay.rows import ReplaySet as ReplaySet
 from gere.replay.rows import load_replay_set as load_replay_set
 from gere.replay.rows import tokenize as tokenize
 from gere.replay.texts import load_texts as load_texts
-from gere.replay.texts import read_file as read_file

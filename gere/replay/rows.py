@@ -13,13 +13,16 @@ from gere._log import logger
 from gere.cache.fingerprint import text_digest
 from gere.config import GeReConfig
 from gere.errors import ReplaySetError, TokenizerError
-from gere.replay.texts import Source, few, load_texts, read_texts
+from gere.replay.forms import Templated
+from gere.replay.texts import config_source, load_texts, read_rows
 
 T = TypeVar("T")
 
 
 # The share of a set that is held out at most.
 MOST_HELDOUT = 10
+# Characters that are tokenised for each token of a row, and tokens beyond the row that stay as they are.
+CHARACTERS, SPARE = 8, 32
 
 
 class ReplaySet(NamedTuple):
@@ -51,20 +54,21 @@ def load_replay_set(
         own_texts: Texts of the base model, for the source `"self"`.
 
     Raises:
-        ReplaySetError: If the set is missing, empty, too short or has rows of no text or of one token.
+        ReplaySetError: If the set is missing, empty or too short, or a row has an unknown form.
         ReplayDownloadError: If it is on the hub and cannot be fetched.
         TokenizerError: If there is no tokenizer, or it lacks a token that is needed.
     """
     require_tokenizer(config, tokenizer)
-    texts = load_texts(config, cache_folder, own_texts)
-    rows = tokenize(texts, tokenizer, config)
+    texts = load_texts(config, cache_folder, own_texts, tokenizer)
+    texts, rows = _predicting(texts, tokenizer, config, "replay_dataset")
     if config.heldout_dataset is None:
         measured = held_out(texts, config.replay_heldout)
         heldout = [rows[place] for place in measured]
         replayed = [place for place in range(len(texts)) if place not in measured]
         texts, rows = [texts[place] for place in replayed], [rows[place] for place in replayed]
     else:
-        heldout = tokenize(_measured_texts(config, cache_folder, texts), tokenizer, config, "heldout_dataset")
+        measured_texts = _measured_texts(config, cache_folder, texts, tokenizer)
+        heldout = _predicting(measured_texts, tokenizer, config, "heldout_dataset")[1]
     # `tokenizer` covers the vocabulary alone. `input_ids` also changes with merges, normalisation and BOS.
     fields = {
         "tokenizer": tokenizer_digest(tokenizer),
@@ -96,11 +100,11 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     return [items[place * len(items) // count] for place in range(count)]
 
 
-def _measured_texts(config: GeReConfig, cache_folder: Path, replayed: Sequence[str]) -> list[str]:
+def _measured_texts(config: GeReConfig, cache_folder: Path, replayed: Sequence[str], tokenizer: Any) -> list[str]:
     """Read the texts of `heldout_dataset` that are not replayed."""
     where = "gere_config.heldout_dataset"
-    source = Source(config.heldout_dataset, where, None, config.replay_split, config.replay_column)
-    texts = read_texts(source, cache_folder)
+    source = config_source(config, config.heldout_dataset, "heldout_dataset", None)
+    texts = [row.render(tokenizer) for row in read_rows(source, cache_folder)]
     known = set(replayed)
     unseen = [text for text in dict.fromkeys(texts) if text not in known]
     if not unseen:
@@ -117,29 +121,91 @@ def _measured_texts(config: GeReConfig, cache_folder: Path, replayed: Sequence[s
     return spread(unseen, config.replay_heldout)
 
 
-def tokenize(
-    texts: Sequence[str], tokenizer: Any, config: GeReConfig, setting: str = "replay_dataset"
-) -> list[list[int]]:
-    """Turn texts of a setting into rows of at most `max_length` token ids.
+def _predicting(
+    texts: Sequence[str], tokenizer: Any, config: GeReConfig, setting: str
+) -> tuple[list[str], list[list[int]]]:
+    """Tokenise texts, and leave those out that have nothing to predict."""
+    rows = tokenize(texts, tokenizer, config)
+    places = with_two_tokens(rows, f"gere_config.{setting}")
+    return [texts[place] for place in places], [rows[place] for place in places]
+
+
+def with_two_tokens(rows: Sequence[Sequence[int]], where: str) -> list[int]:
+    """Return the places of the rows that have two tokens or more: the first token of a row is not predicted.
 
     Raises:
-        ReplaySetError: If a row has fewer than two tokens, so that nothing can be predicted.
+        ReplaySetError: If there are none.
     """
-    private = private_copy(tokenizer)
-    # By default the tokenizer decides on BOS. With `add_bos` its special tokens are off, or BOS would come twice.
-    encoded = private(list(texts), add_special_tokens=config.add_bos is None, verbose=False)["input_ids"]
-    prefix = [tokenizer.bos_token_id] if config.add_bos else []
-    rows = [(prefix + list(ids))[: config.max_length] for ids in encoded]
-    short = [index for index, row in enumerate(rows) if len(row) < 2]
-    if short:
+    places = [place for place, row in enumerate(rows) if len(row) > 1]
+    if not places:
         raise ReplaySetError(
             "Texts have fewer than two tokens, so there is nothing to predict in them.",
-            where=f"gere_config.{setting}, rows {few(short)}",
-            expected="at least 2 tokens",
-            found=f"{len(short)} shorter rows of {len(rows)}",
-            fix="Drop these rows.",
+            where=where,
+            expected="a text of at least 2 tokens",
+            found=f"{len(rows)} texts, all of them shorter",
+            fix="Give longer texts.",
         )
-    return rows
+    if len(places) < len(rows):
+        what = "%s: %d of %d texts have fewer than two tokens, and are left out."
+        logger.warning(what, where, len(rows) - len(places), len(rows))
+    return places
+
+
+def tokenize(texts: Sequence[str], tokenizer: Any, config: GeReConfig) -> list[list[int]]:
+    """Turn texts into rows of at most `max_length` token ids."""
+    return token_rows(texts, tokenizer, config.max_length, config.add_bos)
+
+
+def token_rows(texts: Sequence[str], tokenizer: Any, max_length: int, add_bos: bool | None = None) -> list[list[int]]:
+    """Turn texts into rows of at most `max_length` token ids, with one BOS at most before a text.
+
+    Args:
+        texts: The texts. Those of a chat template get no special token beside its own.
+        tokenizer: A tokenizer; a copy of it is used.
+        max_length: Tokens of a row.
+        add_bos: `True` begins each row with BOS, `False` adds no special token; by default the tokenizer decides.
+    """
+    private = private_copy(tokenizer)
+    rows: list[list[int]] = [[] for _ in texts]
+    open_places = list(range(len(texts)))
+    most = CHARACTERS * max_length
+    # Whole documents would be tokenised for their beginnings.
+    while open_places:
+        for bare in (False, True):
+            places = [
+                place for place in open_places if bare is (add_bos is not None or isinstance(texts[place], Templated))
+            ]
+            if places:
+                encoded = private(
+                    [texts[place][:most] for place in places], add_special_tokens=not bare, verbose=False
+                )
+                for place, ids in zip(places, encoded["input_ids"], strict=True):
+                    rows[place] = list(ids)
+        # The last tokens of a text that was cut are others than in the whole text.
+        open_places = [p for p in open_places if len(texts[p]) > most and len(rows[p]) < max_length + SPARE]
+        most *= 4
+    return [one_bos(row, tokenizer, needed=bool(add_bos))[:max_length] for row in rows]
+
+
+def one_bos(row: Sequence[int], tokenizer: Any, *, needed: bool = False) -> list[int]:
+    """Return a row with one BOS at most, and with one if it is `needed`.
+
+    A text that was shown by a chat template begins with BOS, and the tokenizer puts another one before it.
+    """
+    bos = tokenizer.bos_token_id
+    if bos is not None and needed and row[0:1] != [bos]:
+        return [bos, *row]
+    if bos is not None and row[0:2] == [bos, bos]:
+        return list(row[1:])
+    return list(row)
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Tokenise what a model reads before its answer: with one BOS at most, and without the token that ends a text."""
+    ids = one_bos(tokenizer(prompt, verbose=False)["input_ids"], tokenizer)
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
 
 
 def private_copy(tokenizer: Any) -> Any:

@@ -1,25 +1,32 @@
-"""Read general texts from wherever they are: a file, a folder, the hub, a `datasets.Dataset` or a list."""
+"""Read general texts from wherever they are: files, a folder, the hub, a `datasets.Dataset` or a list."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import difflib
+import glob
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gere._files import canonical_json, make_folder, read_lines, sha256, write_atomic
 from gere.cache.fingerprint import text_digest
-from gere.config import GeReConfig
+from gere.config import SELF, GeReConfig
 from gere.errors import CacheCorruptError, ReplayDownloadError, ReplaySetError
+from gere.replay.forms import FORMS, OPTIONS, Row, read_row
+from gere.replay.records import FORMATS, Record, kind_of, read_records, take
 
 HUB_DATASET, HUB_SIZE = "DKYoon/SlimPajama-6B", 1000
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
-OTHER_SOURCES = (
-    'Set gere_config.replay_dataset to "self" (the base model writes the texts), a file (.jsonl, .json, .parquet, '
-    ".txt), a datasets.Dataset or a list of strings; or connect to the network once, after which the texts are kept "
-    "beside the cache."
-)
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_SECONDS = 10.0
+CHAT_FIELDS = ("messages", *OPTIONS, "prompt", "completion")
+FILES = "a file (.jsonl, .json, .csv, .parquet, .txt), a folder, a datasets.Dataset or a list of strings"
+BY_HAND = "gere replay --source A=500 --source B=500 --out FILE.jsonl"
 
 
 class Source(NamedTuple):
@@ -31,27 +38,51 @@ class Source(NamedTuple):
         size: Take the first so many texts; `None` for all, or for `HUB_SIZE` of a hub data set.
         split: Split of a hub data set.
         column: Column or JSON key that holds the text.
+        subset: Configuration of a hub data set.
+        settings: What the names of these settings begin with, such as `"--"`; empty where the user has none.
+        writes: Whether the base model may write the texts.
     """
 
     value: Any
     where: str
-    size: int | None
-    split: str
-    column: str
+    size: int | None = None
+    split: str = "train"
+    column: str = "text"
+    subset: str | None = None
+    settings: str = ""
+    writes: bool = False
+
+    @property
+    def others(self) -> str:
+        """Tell the user what else can be given."""
+        own = '"self" (the base model writes the texts), ' if self.writes else ""
+        return f"Give {own}{FILES}."
+
+    def set(self, name: str, what: str) -> str:
+        """Tell the user to set one of these settings; empty if there are none."""
+        return f" {what}: {self.settings}{name}." if self.settings else ""
 
 
-def load_texts(config: GeReConfig, cache_folder: Path, own_texts: Sequence[str] | None = None) -> list[str]:
+def load_texts(
+    config: GeReConfig, cache_folder: Path, own_texts: Sequence[str] | None = None, tokenizer: Any = None
+) -> list[str]:
     """Read the texts of the replay set, those among them that are held out.
 
     Args:
         config: Source and size.
         cache_folder: Folder that keeps texts from the hub.
         own_texts: Texts of the base model, for the source `"self"`.
+        tokenizer: Its chat template shows chats. Without one, the parts of a chat are joined.
 
     Raises:
-        ReplaySetError: If the set is missing, empty or too short, or a row has no text.
+        ReplaySetError: If the set is missing, empty or too short, or a row has an unknown form.
         ReplayDownloadError: If it is on the hub and cannot be fetched.
     """
+    return [row.render(tokenizer) for row in read_rows(replay_source(config, own_texts), cache_folder)]
+
+
+def replay_source(config: GeReConfig, own_texts: Sequence[str] | None = None) -> Source:
+    """Return where the replay set comes from; arguments and errors as in `load_texts`."""
     value = config.replay_dataset
     if value is None:
         value = HUB_DATASET
@@ -64,130 +95,208 @@ def load_texts(config: GeReConfig, cache_folder: Path, own_texts: Sequence[str] 
                 found="'self'",
                 fix="Write a file by `gere replay --source self --model MODEL --out replay.jsonl`, and set it here.",
             )
-        value = list(own_texts)
-    source = Source(value, "gere_config.replay_dataset", config.replay_size, config.replay_split, config.replay_column)
-    return read_texts(source, cache_folder)
+        # As records, since a list of texts may be one of paths.
+        value = [{"text": text} for text in own_texts]
+        config = dataclasses.replace(config, replay_column="text")
+    return config_source(config, value, "replay_dataset", config.replay_size)._replace(writes=True)
 
 
-def read_texts(source: Source, cache_folder: Path) -> list[str]:
-    """Read the texts of a source; arguments and errors as in `load_texts`."""
-    value, column = source.value, source.column
-    if isinstance(value, str | Path):
-        return _checked(_read_named(source, cache_folder), source)
-    # A DatasetDict has both attributes, too, but they are about its splits.
-    if hasattr(value, "column_names") and hasattr(value, "__len__") and not isinstance(value, dict):
-        return _checked(list(_in_column(value, value.column_names, column, "the datasets.Dataset")), source)
-    if isinstance(value, Sequence):
-        texts = [_text_of(item, column, f"item {row} of the list") for row, item in enumerate(value)]
-        return _checked(texts, source)
-    raise ReplaySetError(
-        "Texts cannot be read from this.",
-        where=source.where,
-        expected="a path, a hub name, a datasets.Dataset (one split, not streamed) or a list of strings",
-        found=type(value).__name__,
-        fix=f"Of a DatasetDict, pass one split, such as dataset['train']. {OTHER_SOURCES}",
+def config_source(config: GeReConfig, value: Any, name: str, size: int | None) -> Source:
+    """Return the source that a setting of a config names."""
+    return Source(
+        value,
+        f"gere_config.{name}",
+        size,
+        config.replay_split,
+        config.replay_column,
+        config.replay_subset,
+        "gere_config.replay_",
     )
 
 
-def read_file(path: Path, column: str) -> list[Any]:
-    """Read one column of a file, or its texts if the file has no columns.
+def read_rows(source: Source, cache_folder: Path | None = None) -> list[Row]:
+    """Read the rows of a source, and no more of it than is asked for.
 
     Args:
-        path: A .jsonl, .json, .parquet or .txt file.
-        column: Column or JSON key.
+        source: Where they are.
+        cache_folder: Folder that keeps texts from the hub; `None` keeps none.
 
     Raises:
-        ReplaySetError: If the file cannot be read, or has no such column.
+        ReplaySetError: If the set is missing, empty or too short, or a row has an unknown form.
+        ReplayDownloadError: If it is on the hub and cannot be fetched.
     """
-    try:
-        content = _content(path)
-    except (OSError, ValueError) as error:
+    return _rows(source, _records(source, cache_folder))
+
+
+def _rows(source: Source, records: Iterable[Record]) -> list[Row]:
+    forms = [source.column, *(" and ".join(names) for names in FORMS)]
+    rows = take(
+        records,
+        partial(read_row, column=source.column),
+        size=source.size,
+        error=ReplaySetError,
+        expected=f"a text, or a record with {', or '.join(forms)}."
+        + source.set("column", "The name of another field"),
+    )
+    least = source.size or 1
+    if len(rows) < least:
         raise ReplaySetError(
-            "A file of texts cannot be read.",
-            where=path,
-            expected="UTF-8 text: .jsonl or .json with texts or records, .parquet, or .txt with one text a line",
-            found=f"{type(error).__name__}: {error}",
-            fix="Correct the path or the file; one JSON record on each line belongs into a .jsonl file.",
-        ) from error
-    # Outside of `try`: a ReplaySetError is a ValueError, too.
-    if path.suffix == ".parquet":
-        return list(_in_column(content, content.column_names, column, str(path)))
-    return [_text_of(record, column, f"{path}, record {index}") for index, record in enumerate(content)]
+            f"The set of texts is {'shorter than asked' if rows else 'empty'}.",
+            where=source.where,
+            expected=f"{least} texts, or more",
+            found=f"{len(rows)} texts",
+            fix="Give more texts." + source.set("size", "Or ask for fewer"),
+        )
+    return rows
 
 
-def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSON lines, whole or not at all, and make the folder."""
-    make_folder(path.parent)
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    # A text may hold half of a surrogate pair, which strict UTF-8 refuses.
-    write_atomic(path, "".join(lines).encode("utf-8", "surrogatepass"))
+def _records(source: Source, cache_folder: Path | None) -> Iterator[Record]:
+    value = source.value
+    if isinstance(value, str | Path):
+        yield from _named(source, cache_folder)
+    # A DatasetDict has both attributes, too, but they are about its splits.
+    elif hasattr(value, "column_names") and hasattr(value, "__len__") and not isinstance(value, dict):
+        yield from _numbered(value, "the datasets.Dataset", "row")
+    elif isinstance(value, Sequence):
+        if value and all(map(_names_source, value)):
+            yield from _by_turns([_named(source._replace(value=item), cache_folder) for item in value])
+            return
+        for place, item in enumerate(value):
+            if _is_path(item):
+                raise _mixed(source, place, item)
+        yield from _numbered(value, source.where, "item")
+    else:
+        raise ReplaySetError(
+            "Texts cannot be read from this.",
+            where=source.where,
+            expected="a path, a hub name, a datasets.Dataset (one split, not streamed) or a list of texts or paths",
+            found=type(value).__name__,
+            fix=f"Of a DatasetDict, pass one split, such as dataset['train']. {source.others}",
+        )
 
 
-def write_kept(path: Path, texts: Sequence[str], about: Mapping[str, Any]) -> None:
-    """Keep texts in a cache folder: JSON lines of `text` and `about`, the first of them with a digest of all texts."""
-    records = [{"text": text, **about} for text in texts]
-    records[0]["sha256"] = text_digest(texts)
-    write_records(path, records)
+def _numbered(values: Iterable[Any], holder: str, kind: str) -> Iterator[Record]:
+    for place, value in enumerate(values):
+        yield Record(holder, f"{kind} {place}", value)
 
 
-def read_kept(path: Path, size: int, fix: str) -> list[str]:
-    """Read the texts that `write_kept` wrote.
+def _by_turns(several: Sequence[Iterator[Record]]) -> Iterator[Record]:
+    """Yield a record of each source in turn, so that the first N records are of all sources alike."""
+    for records in zip_longest(*several):
+        yield from filter(None, records)
 
-    Args:
-        path: The file.
-        size: Number of texts that it must have.
-        fix: What to do about a damaged file.
 
-    Raises:
-        CacheCorruptError: If they are not those that were written.
-    """
+def _names_source(item: Any) -> bool:
+    """Return whether an item of a list may be the name of a source rather than a text."""
+    if isinstance(item, str) and len(item.splitlines()) == 1:
+        on_hub = "/" in item and HUB_NAME.fullmatch(item) is not None
+        return on_hub or kind_of(Path(item)) in FORMATS or _stands(item, Path.exists)
+    return isinstance(item, Path)
+
+
+def _is_path(item: Any) -> bool:
+    """Return whether an item of a list is surely the path of a file, though others are texts."""
+    if isinstance(item, str) and len(item.splitlines()) == 1:
+        return _stands(item, Path.is_file) or (len(item.split()) == 1 and kind_of(Path(item)) in FORMATS)
+    return isinstance(item, Path)
+
+
+def _stands(item: str, there: Callable[[Path], bool]) -> bool:
     try:
-        records = list(read_lines(path))
-        texts = [record["text"] for record in records]
-        if len(texts) != size:
-            raise ValueError(f"{len(texts)} texts")
-        digest = text_digest(texts)
-        # Files from before version 0.2 have no digest.
-        if records[0].get("sha256", digest) != digest:
-            raise ValueError(f"texts with SHA-256 {digest}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheCorruptError(
-            "The kept replay texts are damaged.",
-            where=path,
-            expected=f"{size} lines as they were written, each a JSON object with the key 'text'",
-            found=f"{type(error).__name__}: {error}",
-            fix=fix,
-        ) from error
-    return texts
+        return there(Path(item).expanduser())
+    except (OSError, ValueError, RuntimeError):  # a text that is too long for a path, or begins with ~
+        return False
 
 
-def few(indices: Sequence[int]) -> str:
-    """List the first ten row numbers, for a message."""
-    shown = ", ".join(map(str, indices[:10]))
-    if len(indices) > 10:
-        return f"{shown} and {len(indices) - 10} more"
-    return shown
+def _mixed(source: Source, place: int, item: Any) -> ReplaySetError:
+    return ReplaySetError(
+        "A list has both texts and paths.",
+        where=f"{source.where}, item {place}",
+        expected="texts alone, or paths alone",
+        found=f"the path {str(item)!r}",
+        fix=f"Give a list of paths; or write one file by `{BY_HAND}`.",
+    )
 
 
-def _read_named(source: Source, cache_folder: Path) -> list[Any]:
-    """Read a folder, a file or a hub data set."""
+def _named(source: Source, cache_folder: Path | None) -> Iterator[Record]:
+    """Read a file, files by a pattern, a folder or a hub data set."""
     name = str(source.value)
-    path = Path(name)
+    path = Path(name).expanduser()
+    known = kind_of(path) in FORMATS
     if path.is_dir():
-        return _stream(source, source.size)
-    # A missing file with a known suffix is a wrong path. It must not be looked up on the hub.
-    if path.suffix in SUFFIXES or path.is_file():
-        return read_file(path, source.column)
-    size = source.size or HUB_SIZE
+        yield from _folder(source, path)
+    elif path.is_file() or (known and not glob.has_magic(name)):
+        # A missing file of a known kind is a wrong path. It must not be looked up on the hub.
+        yield from read_records(path, ReplaySetError, source.where)
+    elif glob.has_magic(name):
+        found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (`Path.glob` takes no absolute pattern)
+        if not found:
+            raise _missing(source, "No file fits the pattern.")
+        yield from _by_turns([_named(source._replace(value=Path(one)), cache_folder) for one in found])
+    elif name == SELF:
+        raise _missing(source, "The base model writes texts for replay_dataset alone, and not in a list.")
+    elif HUB_NAME.fullmatch(name):
+        yield from _hub(source, cache_folder)
+    else:
+        raise _missing(source, "There is no such file or folder.")
+
+
+def _missing(source: Source, what: str) -> ReplaySetError:
+    return ReplaySetError(
+        what,
+        where=source.where,
+        expected="a file, a folder, a pattern such as texts/*.jsonl, or the name of a data set on the hub",
+        found=repr(str(source.value)),
+        fix=f"Correct the path. Several sources are a list of paths, or one file written by `{BY_HAND}`.",
+    )
+
+
+def _hub(source: Source, cache_folder: Path | None) -> Iterator[Record]:
+    """Read a data set of the hub, or what was kept of it."""
+    name, size = str(source.value), source.size or HUB_SIZE
     identity = {"name": name, "split": source.split, "column": source.column, "size": size}
-    kept = cache_folder / f"replay-{sha256(canonical_json(identity))[:16]}.jsonl"
-    if kept.is_file():
-        return read_kept(kept, size, "Restore the file; or delete it, and the texts are fetched from the hub again.")
-    _require_reachable(source)
-    # Checked before they are kept: a set that is too short would stop every later start.
-    texts = _checked(_stream(source, size), source._replace(size=size))
-    write_kept(kept, texts, identity)
-    return texts
+    if source.subset is not None:
+        identity["subset"] = source.subset
+    kept = (cache_folder or Path()) / f"replay-{sha256(canonical_json(identity))[:16]}.jsonl"
+    if cache_folder is None or not kept.is_file():
+        _require_reachable(source)
+        # Read before they are kept: a set that is too short would stop every later start.
+        rows: Sequence[Row | None] = _rows(source._replace(size=size), _loaded(source, name))
+        if cache_folder is not None:
+            write_kept(kept, [row.record for row in rows if row], identity)
+    else:
+        fix = "Restore the file; or delete it, and the texts are fetched from the hub again."
+        records = enumerate(read_kept(kept, size, fix), start=1)
+        rows = [read_row(Record(str(kept), f"line {number}", record), "text") for number, record in records]
+    yield from _numbered(rows, name, "row")
+
+
+def _folder(source: Source, path: Path) -> Iterator[Record]:
+    """Read a folder that `save_to_disk` wrote, or one in the format of the hub."""
+    if not (path / "dataset_dict.json").is_file() and not (path / "state.json").is_file():
+        yield from _loaded(source, str(path))
+        return
+    from datasets import load_from_disk
+
+    try:
+        loaded = load_from_disk(str(path))
+        if isinstance(loaded, dict):
+            loaded = loaded[source.split]
+    except Exception as error:  # of the library, and of Arrow
+        raise _unloaded(source, error) from error
+    yield from _numbered(loaded, str(path), "row")
+
+
+def _loaded(source: Source, name: str) -> Iterator[Record]:
+    """Yield the rows of a hub data set, or of a folder in its format."""
+    from datasets import load_dataset
+
+    further = {} if source.subset is None else {"name": source.subset}
+    try:
+        # Streamed, since the default set has 6 billion tokens and a run needs a thousand texts.
+        yield from _numbered(load_dataset(name, split=source.split, streaming=True, **further), name, "row")
+    except Exception as error:  # the hub's libraries raise many kinds, some of them bare
+        raise _unloaded(source, error) from error
 
 
 def _require_reachable(source: Source) -> None:
@@ -197,99 +306,90 @@ def _require_reachable(source: Source) -> None:
     try:
         HfApi().dataset_info(str(source.value), timeout=HUB_SECONDS)
     except Exception as error:  # of the hub's library, and of whichever library it uses for HTTP
-        raise _unreachable(source, error) from error
+        raise _unloaded(source, error) from error
 
 
-def _unreachable(source: Source, error: Exception) -> ReplayDownloadError:
+def _unloaded(source: Source, error: Exception) -> ReplaySetError:
+    """Say that a hub data set or a folder cannot be loaded."""
+    name = str(source.value)
+    parts = source.set("split", "Its split") + source.set("subset", "One of its configurations")
+    where = f"{source.where}, {name}, split {source.split!r}"
+    if Path(name).expanduser().is_dir():
+        return ReplaySetError(
+            "The folder cannot be read.",
+            where=where,
+            expected="what datasets.load_dataset reads, or a folder of Dataset.save_to_disk",
+            found=f"{type(error).__name__}: {error}",
+            fix=f"Correct the folder, or name one of its files.{parts}",
+        )
+    near = [*([SELF] if source.writes else []), *sorted(map(str, Path().glob("*")))]
+    meant = difflib.get_close_matches(name, near, n=1)
+    guess = f'Did you mean "{meant[0]}"? ' if meant else ""
     return ReplayDownloadError(
         "The texts could not be fetched from the hub.",
-        where=f"{source.where}, {source.value}, split {source.split!r}",
-        expected="a data set on the hub, or a folder that datasets.load_dataset reads",
+        where=where,
+        expected="a data set on the hub; there is no file or folder of this name",
         found=f"{type(error).__name__}: {error}",
-        fix=f"{OTHER_SOURCES} If there is a network, check the name and gere_config.replay_split.",
+        fix=f"{guess}{source.others} Or connect to the network once, after which the texts are kept beside the cache. "
+        f"If there is a network, check the name.{parts}",
     )
 
 
-def _content(path: Path) -> Any:
-    """Read the records or texts of a file, or the `datasets.Dataset` of a .parquet file."""
-    if path.suffix == ".jsonl":
-        return list(read_lines(path))
-    if path.suffix == ".parquet":
-        from datasets import Dataset
-
-        return Dataset.from_parquet(str(path))
-    if path.suffix == ".txt":
-        # `splitlines` would also split at characters inside of a text, such as U+2028.
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    if path.suffix != ".json":
-        raise ValueError(f"a file of kind {path.suffix or path.name!r}")
-    records = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(records, list):
-        raise ValueError(f"a JSON {type(records).__name__} where a list of texts or records is expected")
-    return records
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines, whole or not at all, and make the folder."""
+    make_folder(path.parent)
+    write_atomic(path, json_lines(records))
 
 
-def _text_of(record: Any, column: str, where: str) -> Any:
-    if not isinstance(record, dict):
-        return record
-    return _in_column(record, record, column, where)
+def json_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return records as JSON lines."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    # A text may hold half of a surrogate pair, which strict UTF-8 refuses.
+    return "".join(lines).encode("utf-8", "surrogatepass")
 
 
-def _in_column(holder: Any, names: Iterable[str], column: str, where: str) -> Any:
-    """Return what a record or a data set has in a column."""
-    if column not in names:
-        raise ReplaySetError(
-            "The texts have no such column.",
-            where=where,
-            expected=f"column {column!r}",
-            found=", ".join(map(repr, names)) or "no columns",
-            fix="Set gere_config.replay_column to the column that holds the text.",
-        )
-    return holder[column]
+def write_kept(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
+    """Keep rows in a cache folder: JSON lines, each with `about`, the first of them with a digest of all rows."""
+    records = [{**row, **about} for row in rows]
+    records[0]["sha256"] = text_digest(map(_content, rows))
+    write_records(path, records)
 
 
-def _stream(source: Source, size: int | None) -> list[Any]:
-    """Read the first `size` texts of a hub data set or of a folder in its format; `None` reads all."""
-    from datasets import load_dataset
+def _content(record: Mapping[str, Any]) -> str:
+    """Return what the digest of kept rows is made from: the text of a row, or its other fields as JSON."""
+    if "text" in record:
+        return str(record["text"])
+    return json.dumps({name: record[name] for name in CHAT_FIELDS if name in record}, sort_keys=True)
 
-    texts: list[Any] = []
-    name = str(source.value)
+
+def read_kept(path: Path, size: int, fix: str) -> list[dict[str, Any]]:
+    """Read the rows that `write_kept` wrote.
+
+    Args:
+        path: The file.
+        size: Number of rows that it must have.
+        fix: What to do about a damaged file.
+
+    Raises:
+        CacheCorruptError: If they are not those that were written.
+    """
     try:
-        # Streamed, since the default set has 6 billion tokens and a run needs a thousand texts.
-        for row, record in enumerate(load_dataset(name, split=source.split, streaming=True)):
-            text = _text_of(record, source.column, f"{name}, record {row}")
-            # Users can drop the empty rows of their own file, but not those of a hub set.
-            if isinstance(text, str) and len(text.split()) > 1:
-                texts.append(text)
-            if len(texts) == size:
-                break
-    except ReplaySetError:
-        raise
-    except Exception as error:  # the hub's libraries raise many kinds, some of them bare
-        raise _unreachable(source, error) from error
-    return texts
-
-
-def _checked(texts: list[Any], source: Source) -> list[str]:
-    """Return the first `source.size` texts, or all; refuse too few, and rows without text."""
-    wanted = source.size
-    if len(texts) < (wanted or 1):
-        fault = "shorter than asked" if texts else "empty"
-        raise ReplaySetError(
-            f"The set of texts is {fault}.",
-            where=source.where,
-            expected=f"{wanted or 1} texts (gere_config.replay_size), or more",
-            found=f"{len(texts)} texts",
-            fix="Give more texts, or set gere_config.replay_size lower.",
-        )
-    chosen = texts[:wanted]
-    bad = [index for index, text in enumerate(chosen) if not isinstance(text, str) or not text.strip()]
-    if bad:
-        raise ReplaySetError(
-            "Rows of a set of texts have no text.",
-            where=f"{source.where}, rows {few(bad)}",
-            expected="a string with something in it",
-            found=f"{len(bad)} such rows of {len(chosen)}, the first {chosen[bad[0]]!r}",
-            fix="Drop these rows.",
-        )
-    return chosen
+        # Of use again: a start that has read them may be on its way to an anchor that is made from them.
+        with contextlib.suppress(OSError):
+            path.touch()
+        records = list(read_lines(path))
+        if len(records) != size:
+            raise ValueError(f"{len(records)} texts")
+        digest = text_digest(map(_content, records))
+        # Files from before version 0.2 have no digest.
+        if records[0].get("sha256", digest) != digest:
+            raise ValueError(f"texts with SHA-256 {digest}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheCorruptError(
+            "The kept replay texts are damaged.",
+            where=path,
+            expected=f"{size} lines as they were written, each a JSON object",
+            found=f"{type(error).__name__}: {error}",
+            fix=fix,
+        ) from error
+    return records

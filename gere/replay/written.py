@@ -99,12 +99,12 @@ def _read(path: Path, config: GeReConfig, ranks: Ranks) -> list[str] | None:
     if not ranks.first_here or not path.is_file():
         return None
     fix = "Restore the file; or delete it, and start from the base model, which writes the same texts again."
-    return read_kept(path, _size(config), fix)
+    return [record["text"] for record in read_kept(path, _size(config), fix)]
 
 
 def _keep(path: Path, texts: Sequence[str], ranks: Ranks) -> None:
     if ranks.first_here:
-        write_kept(path, texts, {"source": "self"})
+        write_kept(path, [{"text": text} for text in texts], {"source": "self"})
 
 
 def _require_usable(model: nn.Module, tokenizer: Any, config: GeReConfig) -> None:

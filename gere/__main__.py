@@ -1,4 +1,4 @@
-"""`python -m gere.cli`, for launchers that start modules."""
+"""`python -m gere`, for launchers that start modules."""
 
 from __future__ import annotations
 

@@ -160,13 +160,15 @@ def train(options: argparse.Namespace, way: str, seed: int) -> dict[str, Any]:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Make the table of the document: a line for each way, with its seeds."""
-    lines = ["| | general loss | of the base | reward accuracy |", "|---|---|---|---|"]
+    lines = ["| | general loss before | after, by seed | reward accuracy | DPO loss |", "|---|---|---|---|---|"]
     for way in WAYS:
         own = [run for run in runs if run["way"] == way]
         if own:
             losses = ", ".join(f"{run['general_loss']:.2f}" for run in own)
-            accuracy = np.mean([run["reward_accuracy"] for run in own])
-            lines.append(f"| {way} | {losses} | {own[0]['base_loss']:.2f} | {accuracy:.2f} |")
+            learned = " | ".join(
+                f"{np.mean([run[key] for run in own]):.2f}" for key in ("reward_accuracy", "dpo_loss")
+            )
+            lines.append(f"| {way} | {own[0]['base_loss']:.2f} | {losses} | {learned} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from conftest import ROOT
 
 from gere.errors import ConfigError, GeReError, UnsupportedSettingError
 from gere.integrations.llamafactory import run, torchrun_options, worker_environment
-from gere.integrations.llamafactory_config import split_config
+from gere.integrations.llamafactory_config import let_audio_wait, split_config
 
 SECTION = {"replay_strategy": "ce"}
 
@@ -85,6 +86,32 @@ def test_environment_of_the_workers(monkeypatch, optim_torch, added):
         monkeypatch.setenv("OPTIM_TORCH", optim_torch)
     made = worker_environment({"HOME": "here"})
     assert made["HOME"] == "here" and ("TORCH_NCCL_AVOID_RECORD_STREAMS" in made) == added
+
+
+@pytest.mark.parametrize("content", [None, "raise OSError('libc10_cuda.so: cannot open shared object file')"])
+def test_torchaudio_is_asked_for_where_audio_is_read(tmp_path, monkeypatch, caplog, content):
+    """It is missing, or made for another torch: LLaMA-Factory imports it at once, and text never uses it."""
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    monkeypatch.delitem(sys.modules, "torchaudio")
+    if content is not None:
+        (tmp_path / "torchaudio.py").write_text(content)
+    elif importlib.util.find_spec("torchaudio") is not None:
+        pytest.skip("torchaudio is installed")
+    monkeypatch.syspath_prepend(tmp_path)
+    let_audio_wait()
+    assert "torchaudio" in caplog.text
+    assert importlib.util.find_spec("torchaudio") is not None
+    with pytest.raises(GeReError, match=r"torchaudio\.load[\s\S]*pip install torchaudio"):
+        importlib.import_module("torchaudio").load("a.wav")
+
+
+def test_torchaudio_that_works_is_left_alone(tmp_path, monkeypatch, caplog):
+    (tmp_path / "torchaudio.py").write_text("load = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    monkeypatch.delitem(sys.modules, "torchaudio")
+    let_audio_wait()
+    assert importlib.import_module("torchaudio").load == 1 and not caplog.text
 
 
 def test_importing_it_imports_nothing_heavy():

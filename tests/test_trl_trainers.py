@@ -185,6 +185,15 @@ def test_a_loader_of_ones_own(tmp_path, general, name):
 
 
 @pytest.mark.slow
+def test_prompts_that_come_once_are_replaced(tmp_path, general):
+    """With one micro-step a step, nothing needs its copies side by side."""
+    ours = make(tmp_path, "Distillation", texts=general, gradient_accumulation_steps=1, per_device_train_batch_size=8)
+    watch = Watch(ours, general, 40)
+    assert trained(ours)["gere/tm"] == 0.0
+    assert watch.counts == [(8 - REPLAY, REPLAY)] * 2
+
+
+@pytest.mark.slow
 def test_a_trainer_that_never_asks_for_its_loss_is_refused_by_name(tmp_path, general, monkeypatch):
     """OnlineDPO computes its loss inside its training step, where replay cannot join it."""
     own = {"max_length": 48, "max_new_tokens": 5}

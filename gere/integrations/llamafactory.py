@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from gere.errors import GeReError
-from gere.integrations.llamafactory_config import SECTION, STAGES, enabled, needed, read_config, split_config
+from gere.integrations.llamafactory_config import (
+    SECTION,
+    STAGES,
+    enabled,
+    let_audio_wait,
+    needed,
+    read_config,
+    split_config,
+)
 
 
 def run(config: Mapping[str, Any], callbacks: Sequence[Any] | None = None) -> None:
@@ -32,6 +40,7 @@ def run(config: Mapping[str, Any], callbacks: Sequence[Any] | None = None) -> No
         >>> run({"stage": "sft", "dataset": "yelp", "gere": {"num_interpolate_per_batch": 4}})  # doctest: +SKIP
     """
     settings, stage, kwargs = split_config(config, f"config, section {SECTION}")
+    let_audio_wait()
     run_exp = needed("llamafactory.train.tuner").run_exp
     with _replay_in(stage, kwargs):
         run_exp(settings, list(callbacks or []))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from gere._files import open_text
+from gere._log import logger
 from gere.config import kwargs_of_section
 from gere.errors import ConfigError, GeReError, UnsupportedSettingError
 
@@ -85,6 +89,38 @@ def needed(name: str) -> Any:
             raise
         what = "LLaMA-Factory is not installed in this environment."
         raise GeReError(what, where=name, fix="pip install llamafactory==0.9.5") from error
+
+
+def let_audio_wait() -> None:
+    """Let LLaMA-Factory start without torchaudio, which it imports at once and which only audio needs.
+
+    torchaudio on PyPI is made for torch with CUDA: next to torch for CPUs it is there and cannot be loaded.
+    """
+    try:
+        importlib.import_module("torchaudio")
+    except (ImportError, OSError) as error:
+        sys.modules["torchaudio"] = _NoAudio(str(error))
+        logger.warning("torchaudio cannot be imported, so that audio cannot be read: %s", error)
+
+
+class _NoAudio(ModuleType):
+    """Stands for torchaudio, and says what is missing when it is used."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__("torchaudio")
+        self.__spec__ = ModuleSpec("torchaudio", None)  # transformers looks for the spec of each package
+        self._why = why
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # inspect and importlib ask every module
+        raise GeReError(
+            "LLaMA-Factory reads audio by torchaudio, which cannot be imported.",
+            where=f"torchaudio.{name}",
+            expected="torchaudio of the same kind as torch (CPU or CUDA)",
+            found=self._why,
+            fix="pip install torchaudio, from where torch was installed. Text needs none.",
+        )
 
 
 def _no_replay(where: str, expected: str, found: str) -> UnsupportedSettingError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -14,16 +13,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-STUBS = Path(__file__).parent / "stubs"
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "base_llms" / "llama-tiny-random"
 GENERAL = ROOT / "examples" / "data" / "general.jsonl"
 KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
 LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all", "learning_rate": 1e-2}
 STEPS, REPLAY = 20, 3
-
-if importlib.util.find_spec("torchaudio") is None:
-    sys.path.append(str(STUBS))
 
 
 def settings(folder: Path, gere: dict | None = None, **changes) -> dict:
@@ -101,7 +96,6 @@ def train_logs(folder: Path) -> list[dict]:
 def start(command: list[str], folder: Path, *first_on_path: Path, timeout: float = 100, **environ: str) -> str:
     """Run a program in a folder and give its output; the output is in the message if it fails."""
     paths = [*map(str, first_on_path), *filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
-    paths += [str(STUBS)] if str(STUBS) in sys.path else []
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environ}
     for _ in range(3):
         code, output = _finish([sys.executable, *command], folder, environ, timeout)

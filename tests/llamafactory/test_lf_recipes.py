@@ -19,6 +19,8 @@ DOCUMENT = (ROOT / "docs" / "llamafactory.md").read_text(encoding="utf-8")
 PATCHES = re.findall(r"```diff\n(.*?)```", DOCUMENT, flags=re.S)
 SCRIPT = """
 import json, lf_helpers, llamafactory
+from gere.integrations.llamafactory_config import let_audio_wait
+let_audio_wait()  # the environment of the tests has torch for CPUs, for which PyPI has no torchaudio
 from llamafactory.cli import main
 
 steps = lf_helpers.record()

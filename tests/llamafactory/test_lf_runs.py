@@ -14,7 +14,7 @@ from lf_helpers import KEYS, LORA, REPLAY, STEPS, record, require_order, require
 from gere import GeReMixin
 from gere.errors import ConfigError
 from gere.integrations.llamafactory import run
-from gere.integrations.llamafactory_config import STAGES
+from gere.integrations.llamafactory_config import STAGES, let_audio_wait
 from gere.model.states import is_reentrant
 
 EVALUATED = {"val_size": 16, "do_eval": True, "eval_strategy": "steps", "eval_steps": 10}
@@ -77,6 +77,7 @@ def test_rows_are_added(tmp_path, steps, gere, changes):
 
 
 def test_without_replay_it_is_llamafactory_bit_for_bit(tmp_path):
+    let_audio_wait()
     from llamafactory.train.tuner import run_exp
 
     plain = settings(tmp_path / "plain")

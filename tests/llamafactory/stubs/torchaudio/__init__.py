@@ -1,1 +1,0 @@
-"""Empty stand-in: LLaMA-Factory imports torchaudio at once, and text training never uses it."""

@@ -6,14 +6,21 @@ import math
 
 import pytest
 import torch
+from conftest import load_tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorWithPadding,
 )
 
+from gere.errors import UnsupportedModelError
 from gere.model.probe import find_layout
 from gere.model.states import StateReader
 
@@ -51,6 +58,7 @@ OWN = {
     },
     "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
     "qwen2_5_vl_vision": {"out_hidden_size": 32, "fullatt_block_indexes": [1], "depth": 2, "num_heads": 4},
+    "xlnet": {"d_head": 8},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1, "adapter_rank": 8,
                "attention_hidden_size": 64, "attention_head_dim": 16},
 }  # fmt: skip
@@ -71,6 +79,8 @@ EVERY = [*NAMED, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS
 def small(default, **changes):
     """A small configuration of a class, and of all parts of it."""
     known = {name: value for name, value in SMALL.items() if isinstance(getattr(default, name, None), int | float)}
+    if known.get("max_position_embeddings") and default.max_position_embeddings < 0:  # XLNet has no limit
+        del known["max_position_embeddings"]
     known |= {name: 0.0 for name, value in vars(default).items() if "drop" in name and isinstance(value, float)}
     # Latent attention knows no fewer heads of keys.
     if getattr(default, "num_key_value_heads", None) == getattr(default, "num_attention_heads", 0):
@@ -136,7 +146,7 @@ def test_an_architecture_holds_what_its_head_reads_and_all_layers(make_trainer, 
 def test_an_architecture_trains_by_lora_in_bf16_with_checkpointing(make_trainer, arguments, name):
     model = build(name)
     linear = {path.rpartition(".")[2] for path, part in model.named_modules() if isinstance(part, nn.Linear)}
-    # PEFT refuses the last projection of Mamba. Routers and heads of some models give more than a tensor.
+    # PEFT refuses the last projection of Mamba. Wrappers and heads of some models give more than a tensor.
     targets = sorted(linear - {"out_proj", "lm_head", "embed_out", "router", "gate", "generator_lm_head", "decoder"})
     if "c_attn" not in linear and not targets:
         targets = "all-linear"
@@ -145,3 +155,105 @@ def test_an_architecture_trains_by_lora_in_bf16_with_checkpointing(make_trainer,
     if model.supports_gradient_checkpointing:
         ways["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     judge(make_trainer(model=adapted, replay=2, w="auto", args=arguments(max_steps=2, bf16=True, **ways)), 2e-3)
+
+
+SEES = "sees the tokens that follow"
+FUTURE = [
+    ("bert", AutoModelForMaskedLM), ("bert", None), ("roberta", None), ("electra", None), ("xlm", None),
+    ("xlnet", None), ("cpmant", None), ("image:paligemma", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "auto"), FUTURE)
+def test_a_model_that_sees_later_tokens_is_refused_before_an_anchor_is_built(make_trainer, tmp_path, name, auto):
+    changes = {"is_decoder": False} if name == "electra" else {}
+    model = build(name, auto, **changes)
+    for weights in (model, model.bfloat16()):
+        with pytest.raises(UnsupportedModelError, match=SEES):
+            make_trainer(model=weights).train()
+    assert not list((tmp_path / "gere_saving").glob("anchor-*"))
+
+
+def test_small_weights_do_not_hide_that_a_model_sees_later_tokens(make_trainer):
+    model = build("bert", AutoModelForMaskedLM, initializer_range=0.002, num_hidden_layers=1)
+    with pytest.raises(UnsupportedModelError, match=SEES):
+        make_trainer(model=model).train()
+
+
+@pytest.mark.parametrize("name", ["bert", "mixtral", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_causal_model_is_taken_in_every_precision(name, dtype):
+    model = build(name, **({"is_decoder": True} if name == "bert" else {})).to(dtype)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        rows = [torch.randint(3, 760, (length,), generator=generator).tolist() for length in (2, 3, 17, 100)]
+        assert find_layout(model, rows[seed % 3 :], torch.device("cpu")).depth == 2
+
+
+class Wrapper(nn.Module):
+    """A wrapper of one's own around a language model."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm = load_tiny()
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        return self.lm(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def classifier(auto=AutoModelForSequenceClassification):
+    return build("llama", auto, num_labels=2)
+
+
+HEADLESS = {
+    "sequence classifier": classifier,
+    "reward model with LoRA": lambda: get_peft_model(classifier(), LoraConfig(r=4, task_type="SEQ_CLS")),
+    "token classifier": lambda: classifier(AutoModelForTokenClassification),
+    "encoder classifier": lambda: build("bert", AutoModelForSequenceClassification),
+    "no head": lambda: build("llama", AutoModel),
+    "embedding model": lambda: nn.Sequential(build("bert", AutoModel), nn.Linear(32, 32)),
+}
+
+
+@pytest.mark.parametrize("kind", HEADLESS)
+def test_a_model_without_a_language_head_is_refused_by_the_constructor(make_trainer, tmp_path, kind):
+    with pytest.raises(UnsupportedModelError, match=r"no language head[\s\S]*replay_strategy=.none."):
+        make_trainer(model=HEADLESS[kind]())
+    assert not (tmp_path / "gere_saving").exists()
+
+
+def test_the_language_model_inside_a_wrapper_is_named(make_trainer):
+    with pytest.raises(
+        UnsupportedModelError, match=r"Wrapper[\s\S]*LlamaForCausalLM at \.lm[\s\S]*language model inside"
+    ):
+        make_trainer(model=Wrapper())
+    make_trainer(model=Wrapper(), config={"replay_strategy": "none"}).train()
+
+
+def test_what_the_refusal_of_a_classifier_advises_trains_it(make_trainer, task, tokenizer):
+    rows = [{"input_ids": row["input_ids"], "labels": place % 2} for place, row in enumerate(task)]
+    model = classifier()
+    model.config.pad_token_id = tokenizer.pad_token_id
+    trainer = make_trainer(
+        model=model, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer),
+        config={"replay_strategy": "none", "base_decay": 0.7},
+    )  # fmt: skip
+    trainer.train()
+    assert all(map(math.isfinite, log_of(trainer, "loss")))
+
+
+class Processor:
+    """What processors of image-text models are: no tokenizer, but one inside."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def save_pretrained(self, *args, **kwargs):
+        return self.tokenizer.save_pretrained(*args, **kwargs)
+
+
+def test_the_tokenizer_of_a_processor_is_taken(make_trainer, tokenizer):
+    by_tokenizer, by_processor = make_trainer(), make_trainer(processing_class=Processor(tokenizer))
+    by_tokenizer.train()
+    by_processor.train()
+    assert by_processor.replay.anchor.key == by_tokenizer.replay.anchor.key

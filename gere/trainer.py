@@ -26,9 +26,10 @@ from gere.evaluation.general import CHANGE, INTERVAL, LOSS
 from gere.model.adapters import refuse_unanchorable
 from gere.model.sharded import is_sharded
 from gere.replay.batch import MicroBatch, MixedCollator, MixedDataset, RowCounts, unpacked
+from gere.replay.rows import tokenizer_of
 from gere.sampler import BatchInsertionSampler, parent_order
 from gere.session import checks, policy
-from gere.session.anchor import ReadyModel, precision_name, strategy_of
+from gere.session.anchor import ReadyModel, precision_name
 from gere.session.callbacks import LineCallback, ReplayCallback
 from gere.session.checkpoint import (
     base_digest,
@@ -168,7 +169,7 @@ class GeReMixin(_Parent):
     def _gere_plan(self) -> ReplayPlan:
         return make_plan(
             self._gere,
-            self.processing_class,
+            tokenizer_of(self.processing_class),
             self.model,
             _compat.ranks_of(self),
             checkpoint=self._gere_checkpoint,
@@ -390,6 +391,7 @@ class GeReMixin(_Parent):
         """Open or build the anchor: the model is ready, and no step has been taken."""
         checks.refuse_settings(self)  # again, for a class whose own data loader went past ours
         inner = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+        refuse_unanchorable(inner)  # again, for an adapter that came after construction
         adding = bool(self._gere_why_added)
         mixes = policy.may_mix(self, self._gere_rows, adding=adding)
         checks.refuse_reentrant(self, inner, mixes=mixes, adding=adding)
@@ -401,7 +403,6 @@ class GeReMixin(_Parent):
             precision=precision_name(self.accelerator.mixed_precision, self.args.tf32),
             ranks=_compat.ranks_of(self, lockstep=sharded),
         )
-        checks.refuse_hidden_layers(strategy_of(self._gere, model).layers, inner)
         # A second `train()` of the same model keeps the anchor of the first, since the weights have moved.
         previous = self._gere_session
         if self._gere_checkpoint is not None or self.model_init is not None:

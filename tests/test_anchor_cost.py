@@ -19,6 +19,7 @@ from gere.cache import Anchor, build_anchor, unpack
 from gere.cache.base_model import BaseModel
 from gere.cache.plan import parts_of
 from gere.losses.strategy import make_strategy
+from gere.model.probe import find_layout
 from gere.ranks import ALONE
 from gere.replay import ReplaySet
 from gere.session.anchor import ReadyModel, build_plan
@@ -52,7 +53,8 @@ def plan_of(model, rows, *, name="tm", device="cpu", batch_tokens=BATCH_TOKENS):
 
 def make(folder, model, rows, name="tm"):
     plan = plan_of(model, rows, name=name)
-    base = Spy(model, 0, torch.device("cpu"), plan.strategy)
+    cpu = torch.device("cpu")
+    base = Spy(model, 0, cpu, plan.strategy, find_layout(model, rows, cpu))
     build_anchor(folder, plan, base, progress=False)
     return Anchor(folder), base.calls, plan
 
@@ -66,11 +68,11 @@ def test_every_row_is_evaluated_once_beside_the_sample_for_the_noise(tmp_path, m
     assert [len(call) for call in noise] == [2, 1], "one row in 32, padded to the length of another, and alone"
     assert Counter(row for call in parts for row in call) == Counter(map(tuple, rows))
     padded = sum(len(call) * max(map(len, call)) for call in calls)
-    checks = 2  # forward passes that compare hook and head with what the model itself gives, of the shortest row
-    assert work["forwards"] == len(calls) + checks and work["tokens"] == padded + checks * shortest
+    look = 3 * min(64, max(map(len, rows)))  # two forward passes that see what the head reads, of a text three times
+    assert work["forwards"] == len(calls) + 2 and work["tokens"] == padded + 2 * look
     sampled = sum(len(row) - 1 for call in (size, *noise) for row in call)
     besides = len(calls) + 1  # each forward pass of the model itself gives the logits of one token
-    assert work["logits"] <= real - len(rows) + sampled + besides * 9 + 3 * shortest
+    assert work["logits"] <= real - len(rows) + sampled + besides * 9 + 2 * look
 
 
 def test_a_cpu_gets_batches_with_next_to_no_padding(model):

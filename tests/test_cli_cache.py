@@ -20,7 +20,7 @@ from conftest import ROOT, TINY, load_tiny
 from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from processes import finish, free_port
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from gere import GeReConfig
 from gere.cache.base_model import BaseModel
@@ -130,6 +130,18 @@ def test_a_model_that_was_saved_quantized(build, measuring_trainer, tmp_path):
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     measuring_trainer(model=get_peft_model(loaded, lora)).train()
     assert anchors(tmp_path / "built") == anchors(tmp_path / "gere_saving")
+
+
+@pytest.mark.parametrize("name", ["image:llava", "image:mllama", "llama"])
+def test_a_model_is_loaded_by_the_class_that_it_was_saved_from(name, build, measuring_trainer, tmp_path):
+    from test_architectures import build as tiny
+
+    folder = tmp_path / "saved"
+    tiny(name).save_pretrained(folder)
+    assert build("--model", str(folder), "--tokenizer", str(TINY), "--dtype", "float32") == 0
+    auto = AutoModelForImageTextToText if name.startswith("image") else AutoModelForCausalLM
+    measuring_trainer(model=auto.from_pretrained(folder, dtype=torch.float32)).train()
+    assert anchors(tmp_path / "gere_saving") == anchors(tmp_path / "built")
 
 
 def test_a_padding_token_that_the_script_sets(build, measuring_trainer, tmp_path, tokenizer):

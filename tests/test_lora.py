@@ -68,6 +68,20 @@ def with_own_adapter(std=0.5):
     return model
 
 
+@pytest.mark.parametrize("way", ["trainer.model", "in place", "add_adapter"])
+def test_such_an_adapter_is_refused_when_it_comes_after_the_trainer(make_trainer, tmp_path, way):
+    trainer = make_trainer()
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    if way == "add_adapter":
+        trainer.model.add_adapter(config)
+    else:
+        adapted = get_peft_model(trainer.model, config)
+        trainer.model = adapted if way == "trainer.model" else trainer.model
+    with pytest.raises(UnsupportedModelError, match="init_lora_weights"):
+        trainer.train()
+    assert not list((tmp_path / "gere_saving").glob("anchor-*"))
+
+
 def test_adapters_of_the_model_itself_are_disabled_for_the_anchor(make_trainer):
     model = with_own_adapter()
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -18,6 +18,7 @@ from gere import GeReConfig, GeReSeq2SeqTrainer, GeReTrainer, gere_trainer
 from gere.cache.base_model import BaseModel
 from gere.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from gere.losses.strategy import make_strategy
+from gere.model.probe import find_layout
 
 KEYS = {"gere/ce", "gere/tm", "gere/weight", "gere/violations", "gere/forgetting", "gere/task_loss"}
 
@@ -384,6 +385,12 @@ def gpt2_with_dropout():
     )
 
 
+def base_model(model, rows) -> BaseModel:
+    cpu = torch.device("cpu")
+    layout = find_layout(model, rows, cpu)
+    return BaseModel(model, 0, cpu, make_strategy("l2", {}, depth=layout.depth, live=False, half=False), layout)
+
+
 def test_another_architecture(make_trainer):
     trainer = make_trainer(model=gpt2_with_dropout(), replay=4)
     trainer.train()
@@ -393,7 +400,7 @@ def test_another_architecture(make_trainer):
 
 def test_base_model_is_evaluated_without_dropout_and_left_in_its_mode():
     model, rows = gpt2_with_dropout().train(), [[5, 6, 7, 8], [9, 10]]
-    base = BaseModel(model, 0, torch.device("cpu"), make_strategy("l2", {}, depth=2, live=False, half=False))
+    base = base_model(model, rows)
     first, second = base(rows), base(rows)
     assert model.training and model.transformer.drop.training
     states = [kept["state"] for kept in first.kept]
@@ -414,7 +421,7 @@ def test_scaled_or_capped_logits_are_not_taken_from_the_head_alone():
         num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5,
     )  # fmt: skip
     model, row = Gemma2ForCausalLM(config).eval(), [5, 6, 7, 8]
-    ce = BaseModel(model, 0, torch.device("cpu"), make_strategy("l2", {}, depth=2, live=False, half=False))([row]).ce
+    ce = base_model(model, [row])([row]).ce
     with torch.no_grad():
         expected = model(torch.tensor([row]), labels=torch.tensor([row])).loss
     torch.testing.assert_close(ce[0], expected)

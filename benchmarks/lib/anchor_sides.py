@@ -26,7 +26,7 @@ from gere.cache.base_model import BaseModel
 from gere.cache.build import partial_folder
 from gere.cache.distil import measure_noise
 from gere.losses.margin import Margin
-from gere.model.states import decoder_of, depth_of
+from gere.model.probe import find_layout
 from gere.ranks import ALONE, Ranks
 from gere.replay import ReplaySet
 from gere.session.anchor import ReadyModel, build_plan
@@ -101,10 +101,11 @@ def build(model: nn.Module, rows: Rows, folder: Path, clock: str, ranks: Ranks =
     """Make an anchor as gere does: regions of the last layer and the loss of every row."""
     device = next(model.parameters()).device
     ready = ReadyModel(model, device, torch.no_grad, "mixed precision no", ranks)
-    strategy = Margin(depth=depth_of(model))
+    layout = find_layout(model, rows, device)
+    strategy = Margin(depth=layout.depth)
     fields = {"benchmark": "anchor"}
     plan = build_plan(GeReConfig().anchor_batch_tokens, strategy, ready, ReplaySet(rows, [], 0, {}), fields)
-    base = BaseModel(model, 0, device, strategy)
+    base = BaseModel(model, 0, device, strategy, layout)
     partial, leads = partial_folder(folder), ranks.index == 0
 
     def noise() -> None:
@@ -167,14 +168,14 @@ def counted(model: Any) -> Iterator[Counter[str]]:
     """
     work: Counter[str] = Counter()
 
-    def of_decoder(module: nn.Module, inputs: Any, output: Any) -> None:
-        work.update(forwards=1, tokens=output[0].shape[:2].numel())
+    def of_model(module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
+        work.update(forwards=1, tokens=kwargs["input_ids"].numel())
 
     def of_head(module: nn.Module, inputs: Any, output: Any) -> None:
         work.update(logits=output.shape[:-1].numel())
 
     hooks = [
-        decoder_of(model).register_forward_hook(of_decoder),
+        model.register_forward_hook(of_model, with_kwargs=True),
         model.get_output_embeddings().register_forward_hook(of_head),
     ]
     try:

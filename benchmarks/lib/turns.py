@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from gere.model.states import decoder_of
-
 PARTS = ("data", "forward", "loss", "backward", "optimizer", "logging and other")
 DATA, FORWARD, LOSS, BACKWARD, OPTIMIZER, OTHER = PARTS
 
@@ -153,7 +151,7 @@ class Timed(Trainer):
         """Use this clock."""
         self.clock = clock
         model: Any = self.model
-        decoder = decoder_of(model)
+        decoder = model.get_decoder()
         decoder.register_forward_hook(self._count)
         for module in (decoder, model.get_output_embeddings()):
             module.register_forward_pre_hook(lambda *_: clock.enter(FORWARD))

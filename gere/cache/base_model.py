@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gere.cache.plan import Distilled
-from gere.errors import UnsupportedModelError
 from gere.losses import next_token_ce, token_ce
 from gere.losses.strategy import Strategy, Tensors
 from gere.model.batching import pad_rows
 from gere.model.forward import as_base
-from gere.model.states import StateReader
+from gere.model.states import Layout, StateReader
 
-TOLERATED_HOOK_DIFFERENCE = 1e-6
 # Tokens whose logits exist at one time. On a CPU they are few enough that the allocator reuses their memory.
 HEAD_TOKENS, HEAD_TOKENS_OF_OTHERS = {"cpu": 128}, 1024
 
@@ -26,9 +24,9 @@ HEAD_TOKENS, HEAD_TOKENS_OF_OTHERS = {"cpu": 128}, 1024
 class BaseModel:
     """The base model as a function of rows: eval mode, no gradient, adapter disabled, training's autocast.
 
-    The model has no distributed wrapper. `autocast` makes the context in which training computes. With `whole`, only
-    the model as a whole is called, since its weights are spread over processes. `shown` makes the context in which the
-    model is asked: `as_base`, or `as_trained` for what it is now.
+    The model has no distributed wrapper, and `layout` says where its states come out. `autocast` makes the context in
+    which training computes. `shown` makes the context in which the model is asked: `as_base`, or `as_trained` for what
+    it is now.
     """
 
     def __init__(
@@ -37,9 +35,9 @@ class BaseModel:
         pad_id: int,
         device: torch.device,
         strategy: Strategy,
+        layout: Layout,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         *,
-        whole: bool = False,
         shown: Callable[[nn.Module], AbstractContextManager[None]] = as_base,
     ) -> None:
         self._model: Any = model
@@ -47,18 +45,16 @@ class BaseModel:
         self._device = device
         self._strategy = strategy
         self._autocast = autocast
-        self._whole = whole
         self._shown = shown
-        self._head: nn.Module | None = None
-        self._checked = False
-        self._reader = StateReader(model, strategy.layers)
+        self._head = layout.head
+        self._reader = StateReader(layout, strategy.layers)
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> Distilled:
         """Return what is kept of rows of token ids, and their cross-entropies."""
         batch = {name: part.to(self._device) for name, part in pad_rows(rows, self._pad_id).items()}
         ids, mask = batch["input_ids"], batch["attention_mask"]
         lengths = [len(row) for row in rows]
-        with self._asking(ids[:1, : lengths[0]], mask[:1, : lengths[0]]):
+        with self._asking(ids):
             if self._head is not None:
                 # The logits of all tokens would be the largest tensor by far. 1 is the least: 0 stands for all.
                 self._model(**batch, use_cache=False, logits_to_keep=1)
@@ -69,7 +65,7 @@ class BaseModel:
 
     def targets(self, ids: Tensor, mask: Tensor) -> Tensors:
         """Return what is kept of a padded batch [b, t], tensors of shape [b, t, *]: the targets of a live strategy."""
-        with self._asking(ids[:1], mask[:1]):
+        with self._asking(ids):
             if self._strategy.wants_logits:
                 logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
                 # One row at a time, since each needs a float32 copy of its logits.
@@ -80,11 +76,9 @@ class BaseModel:
             return self._strategy.keep(self._reader.states, None)
 
     @contextmanager
-    def _asking(self, ids: Tensor, mask: Tensor) -> Iterator[None]:
-        """Show the base model and read its states; the first time, check with one row that they are the right ones."""
-        with self._shown(self._model), self._autocast(), self._reader.reading():
-            if not self._checked:
-                self._check(ids, mask)
+    def _asking(self, ids: Tensor) -> Iterator[None]:
+        """Show the base model, and read its states on ids [b, t]."""
+        with self._shown(self._model), self._autocast(), self._reader.reading(ids.shape):
             yield
 
     def _keep(self, row: int, length: int, logits: Tensor | None) -> Tensors:
@@ -118,37 +112,3 @@ class BaseModel:
             for place, values in enumerate(joined.split(counts)):
                 rows[place][name] = values
         return Distilled(ce, rows)
-
-    def _check(self, ids: Tensor, mask: Tensor) -> None:
-        """Compare the hooks with `hidden_states`, and the head alone with the logits."""
-        outputs = self._model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
-        read = [(self._reader.state, -1), *zip(self._reader.states, self._strategy.layers, strict=True)]
-        gap = max((state.float() - outputs.hidden_states[i].float()).abs().max().item() for state, i in read)
-        if gap > TOLERATED_HOOK_DIFFERENCE:
-            raise UnsupportedModelError(
-                "The states that the layers give are not the hidden states of the model.",
-                where=type(self._model).__name__,
-                expected="equal tensors",
-                found=f"a largest difference of {gap:g}",
-                fix="Use a Hugging Face causal language model whose head reads the decoder's output.",
-            )
-        # A head that is called alone would find only a part of its weights where they are spread over processes.
-        if not self._whole:
-            self._head = self._plain_head(outputs.logits, ids, mask)
-        self._checked = True
-
-    def _plain_head(self, logits: Tensor, ids: Tensor, mask: Tensor) -> nn.Module | None:
-        """Return the head, if the logits are its output unchanged and the model can leave them out."""
-        head = getattr(self._model, "get_output_embeddings", lambda: None)()
-        if head is None:
-            return None
-        own = head(self._reader.state)
-        # Some models scale or cap the output of their head. Accelerate turns the logits to float32 under autocast.
-        if own.shape != logits.shape or not torch.equal(own.to(logits), logits):
-            return None
-        # OPT, BLOOM and others do not know the argument in transformers 4.
-        try:
-            self._model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-        except TypeError:
-            return None
-        return head

@@ -21,7 +21,7 @@ from gere.cli.loading import load_model, load_tokenizer
 from gere.cli.settings import read_kwargs
 from gere.config import require
 from gere.errors import ConfigError, UnsupportedSettingError
-from gere.session.anchor import ReadyModel, find_anchor, precision_name
+from gere.session.anchor import ReadyModel, find_anchor, look_at, precision_name
 from gere.session.plan import ReplaySettings, make_plan, replay_settings
 
 
@@ -45,7 +45,8 @@ def build(options: argparse.Namespace) -> int:
             precision=precision_name(accelerator.mixed_precision, options.tf32),
             ranks=ranks,
         )
-        anchor = find_anchor(settings, ready, plan.replay, checkpoint=None, progress=leads).anchor
+        layout = look_at(ready, plan.replay)
+        anchor = find_anchor(settings, ready, layout, plan.replay, checkpoint=None, progress=leads).anchor
         if leads:
             done = "There already" if _written(settings.folder) == before else "Built"
             first = f"{done}: {anchor.folder}, {time.monotonic() - started:.1f} s"

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gere.errors import ConfigError, TokenizerError
 from gere.model.adapters import refuse_unanchorable
+
+# How transformers names classes of models that read more than text. Of some, AutoModelForCausalLM loads the text part.
+WITH_OTHER_INPUTS = ("ForConditionalGeneration", "ForVisionText2Text")
 
 
 def measuring_device(name: str | None, dtype: str | None) -> tuple[torch.device, str]:
@@ -32,16 +36,27 @@ def measuring_device(name: str | None, dtype: str | None) -> tuple[torch.device,
 
 
 def load_model(name: str, dtype: str | None, device: torch.device, option: str = "--model") -> Any:
-    """Load a causal language model that can be anchored, and move it as the trainer does.
+    """Load a language model that can be anchored, by the class that it was saved from; move it as the trainer does.
 
     `dtype` is the precision of the weights; `None` takes what `from_pretrained` gives. An error names `option`.
     """
-    model = _load(AutoModelForCausalLM, "model", option, name, dtype=dtype)
+    model = _load(_class_of(name), "model", option, name, dtype=dtype)
     refuse_unanchorable(model)
     # `from_pretrained` has put a quantized model on its device, and `Trainer` does not move it either.
     if getattr(model, "is_quantized", False):
         return model
     return model.to(device)
+
+
+def _class_of(name: str) -> Any:
+    """Return the class that a training loads a model by: that of its file, if it reads more than text."""
+    try:
+        saved = (AutoConfig.from_pretrained(name).architectures or [""])[0]
+    except (OSError, ValueError):
+        saved = ""  # loading says what is wrong
+    if saved.endswith(WITH_OTHER_INPUTS) and hasattr(transformers, saved):
+        return getattr(transformers, saved)
+    return AutoModelForCausalLM
 
 
 def load_tokenizer(name: str, pad_token: str | None = None, option: str = "--tokenizer") -> Any:

@@ -19,6 +19,7 @@ from gere.evaluation.general import CHANGE, LOSS, change_of, text_losses
 from gere.evaluation.lm_eval import PREFIX as LM_EVAL
 from gere.evaluation.lm_eval import load_tasks
 from gere.evaluation.questions import Question, read_questions, spread
+from gere.replay.rows import tokenizer_of
 from gere.replay.texts import Source as TextSource
 from gere.replay.texts import read_rows
 
@@ -135,6 +136,7 @@ class GeneralAbilityCallback(TrainerCallback):
 
     def _measure(self, model: Any, tokenizer: Any) -> tuple[dict[str, float], list[float]]:
         """Return the values by their names in the log, and the loss of each text."""
+        tokenizer = tokenizer_of(tokenizer)
         if not hasattr(tokenizer, "eos_token_id"):
             raise TokenizerError(
                 "Measuring general ability needs a tokenizer.",

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from gere.errors import UnsupportedModelError
 
@@ -14,7 +15,10 @@ SHIFTING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def refuse_unanchorable(model: nn.Module) -> None:
-    """Raise an `UnsupportedModelError` for encoder-decoders, virtual tokens, and adapters that moved base weights."""
+    """Raise an `UnsupportedModelError` for a model whose states cannot be anchored, before anything is built.
+
+    These are encoder-decoders, models without a language head, virtual tokens, and adapters that moved base weights.
+    """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(
             "Replay needs a decoder-only language model.",
@@ -23,6 +27,8 @@ def refuse_unanchorable(model: nn.Module) -> None:
             found="an encoder-decoder model",
             fix="Train a causal language model, or use the plain Trainer for this one.",
         )
+    if head_of(model) is None:
+        raise _without_head(base_module(model))
     for name, config in (getattr(model, "peft_config", None) or {}).items():
         if getattr(config, "is_prompt_learning", False):
             raise UnsupportedModelError(
@@ -42,6 +48,33 @@ def refuse_unanchorable(model: nn.Module) -> None:
                 found=repr(init),
                 fix="Use the default initialisation.",
             )
+
+
+def _without_head(model: nn.Module) -> UnsupportedModelError:
+    """Say which part of the model, or which other setting, would work."""
+    inside = (
+        f"{type(module).__name__} at .{name}"
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel) and head_of(module) is not None
+    )
+    found = next(inside, None)
+    if found is None:
+        ways = "Load a language model, such as by AutoModelForCausalLM"
+    else:
+        ways = "Give the trainer the language model inside"
+    return UnsupportedModelError(
+        "The model has no language head, so that it cannot predict the next token of a replay text.",
+        where=type(model).__name__,
+        expected="a causal language model, whose get_output_embeddings() gives its head",
+        found=found or "none, as in classifiers, reward models and embedding models",
+        fix=f'{ways}; or set gere_config=GeReConfig(replay_strategy="none", base_decay=0.7), which needs no head.',
+    )
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """Return the language head of a model; `None` if it has none."""
+    head = getattr(base_module(model), "get_output_embeddings", None)
+    return head() if callable(head) else None
 
 
 def base_module(model: nn.Module) -> nn.Module:

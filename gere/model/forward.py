@@ -55,6 +55,6 @@ def as_trained(model: nn.Module) -> Iterator[None]:
 
 def see(model: nn.Module, reader: StateReader, ids: Tensor, mask: Tensor) -> Seen:
     """Call a model, wrapped or not, on replay rows [b, t] in training, and read the states of `reader`."""
-    with uncompiled(), reader.reading():
+    with uncompiled(), reader.reading(ids.shape):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return Seen(reader.states, logits, ids, mask)

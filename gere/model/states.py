@@ -1,36 +1,59 @@
-"""Find the states of a decoder-only language model, and read them."""
+"""Where the states of a causal language model come out, and how they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from gere.errors import UnsupportedModelError
-from gere.model.adapters import base_module
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
-    """Return the module whose output is the state that the head reads; `model` has no distributed wrapper."""
-    causal: Any = base_module(model)
-    candidates = []
-    # First, since OPT never calls its `base_model` as a module. In transformers 4, `get_decoder` of GPT-2, Falcon and
-    # others gives the model itself; their decoder is `base_model`.
-    if callable(getattr(causal, "get_decoder", None)):
-        candidates.append(causal.get_decoder())
-    candidates.append(getattr(causal, "base_model", None))
-    for candidate in candidates:
-        if isinstance(candidate, nn.Module) and candidate is not causal:
-            return candidate
-    raise UnsupportedModelError(
-        "The decoder of the model cannot be found.",
-        where=type(causal).__name__,
-        expected="get_decoder() or base_model to name a module inside the model",
-        fix="Use a Hugging Face causal language model.",
-    )
+class Layout(NamedTuple):
+    """Where the states of a model come out; `gere.model.probe.find_layout` finds it.
+
+    Attributes:
+        state: The module that gives or reads the state that the head reads.
+        is_read: Whether that module is the head: the model changes the state before it, as MiniCPM3 does.
+        layers: The layers that text goes through, in their order; empty if the model has no list of them.
+        head: The head, if the logits are its output unchanged and the model can leave them out; `None` otherwise.
+    """
+
+    state: nn.Module
+    is_read: bool
+    layers: Sequence[nn.Module]
+    head: nn.Module | None
+
+    @property
+    def depth(self) -> int:
+        """Number of layers; 1 if the model has no list of them, since it has a last one."""
+        return len(self.layers) or 1
+
+
+def state_of(output: Any, shape: Sequence[int]) -> Tensor | None:
+    """Return the state in the output of a module, [b, t, d]; of several residual streams their mean.
+
+    Args:
+        output: What the module gave.
+        shape: b and t.
+
+    Returns:
+        `None` if the output has no state for each token.
+    """
+    if isinstance(output, list | tuple) and output:
+        output = output[0]
+    elif not isinstance(output, Tensor):
+        output = getattr(output, "last_hidden_state", None)
+    if not isinstance(output, Tensor):
+        return None
+    if output.ndim == 4 and output.shape[1:3] == shape:  # Gemma 3n
+        return output.mean(dim=0)
+    if output.ndim == 4 and output.shape[:2] == shape:  # DeepSeek-V4
+        return output.mean(dim=2)
+    return output if output.ndim == 3 and output.shape[:2] == shape else None
 
 
 def is_reentrant(model: nn.Module) -> bool:
@@ -48,61 +71,43 @@ def is_reentrant(model: nn.Module) -> bool:
     return False
 
 
-def layers_of(decoder: nn.Module) -> nn.ModuleList:
-    """Return the layers of a decoder, if it has exactly one list of them."""
-    config: Any = getattr(decoder, "config", None)
-    depth = getattr(config, "num_hidden_layers", None)
-    found = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == depth]
-    if len(found) != 1:
-        raise UnsupportedModelError(
-            "The layers of the model cannot be found.",
-            where=type(decoder).__name__,
-            expected=f"one list of {depth} layers",
-            found=f"{len(found)} such lists",
-            fix='Leave gere_config.layers at "last", or use a Hugging Face causal language model.',
-        )
-    return found[0]
-
-
-def depth_of(model: nn.Module) -> int:
-    """Return the number of layers of a causal language model; 1 if its configuration has none."""
-    config: Any = getattr(base_module(model), "config", None)
-    # A model that also reads images keeps the settings of its language model one level down.
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    return int(getattr(config, "num_hidden_layers", None) or 1)
-
-
 class StateReader:
-    """Reads hidden states by forward hooks, with their graph, while the wrapped model is called.
+    """Reads hidden states by hooks, with their graph, while the wrapped model is called.
 
     Args:
-        model: The model without its distributed wrapper.
-        layers: Layers whose output is read, 1 for the first. The last one stands for the state after the final norm,
-            which the head reads; that one is always read.
+        layout: Where the states come out.
+        layers: Layers whose output is read, 1 for the first. The last one stands for the state that the head reads,
+            after the final norm; that one is always read.
     """
 
-    # A hook on the decoder fires under PEFT, DDP, gradient checkpointing and fused heads. A hook on the head does not:
-    # TRL and Liger never call it as a module. `output_hidden_states` would keep the states of all layers in memory.
+    # A hook on a module before the head fires under PEFT, DDP, gradient checkpointing and fused heads. A hook on the
+    # head does not: TRL and Liger never call it as a module, and it reads one token alone where logits are left out.
+    # `output_hidden_states` would keep the states of all layers in memory.
 
-    def __init__(self, model: nn.Module, layers: Sequence[int] = ()) -> None:
-        decoder, depth = decoder_of(model), depth_of(model)
-        self._modules: dict[int, nn.Module] = {0: decoder}  # 0 stands for the last layer
-        self._asked = [0 if layer == depth else layer for layer in layers]
-        for layer in filter(None, self._asked):
-            self._modules[layer] = layers_of(decoder)[layer - 1]
+    def __init__(self, layout: Layout, layers: Sequence[int] = ()) -> None:
+        self._layout = layout
+        self._asked = [0 if layer == layout.depth else layer for layer in layers]  # 0 stands for the last layer
+        self._modules = {layer: layout.layers[layer - 1] for layer in filter(None, self._asked)}
         self._read: dict[int, Tensor] = {}
 
     @contextmanager
-    def reading(self) -> Iterator[StateReader]:
-        """Capture the states of the forward pass inside the `with` block; they are gone after it."""
-        handles = [module.register_forward_hook(partial(self._keep, key)) for key, module in self._modules.items()]
+    def reading(self, shape: Sequence[int]) -> Iterator[StateReader]:
+        """Capture the states of the forward pass on ids [b, t] inside the `with` block; they are gone after it."""
+        last, keep = self._layout.state, partial(self._keep, shape, 0)
+        handles = [last.register_forward_pre_hook(keep) if self._layout.is_read else last.register_forward_hook(keep)]
+        for layer, module in self._modules.items():
+            handles.append(module.register_forward_hook(partial(self._keep, shape, layer)))
         try:
             yield self
         finally:
             for handle in handles:
                 handle.remove()
             self._read = {}
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the last forward pass gave a last-layer state of each token."""
+        return 0 in self._read
 
     @property
     def state(self) -> Tensor:
@@ -118,15 +123,13 @@ class StateReader:
         if layer not in self._read:
             raise UnsupportedModelError(
                 f"The model gave no state of layer {layer}." if layer else "The model gave no last-layer state.",
-                where=type(self._modules[layer]).__name__,
+                where=type(self._modules.get(layer, self._layout.state)).__name__,
                 expected="the forward pass to call this module",
                 fix="Use a Hugging Face causal language model; nn.DataParallel is not supported.",
             )
         return self._read[layer]
 
-    def _keep(self, layer: int, module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, tuple):
-            output = output[0]
-        elif not isinstance(output, Tensor):
-            output = output.last_hidden_state
-        self._read[layer] = output
+    def _keep(self, shape: Sequence[int], layer: int, module: nn.Module, inputs: Any, *output: Any) -> None:
+        state = state_of(output[0] if output else inputs, shape)
+        if state is not None:
+            self._read[layer] = state

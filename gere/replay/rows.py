@@ -213,6 +213,14 @@ def private_copy(tokenizer: Any) -> Any:
     return copy.deepcopy(tokenizer)
 
 
+def tokenizer_of(processing: Any) -> Any:
+    """Return the tokenizer inside a processor, such as that of an image-text model; anything else as it is."""
+    # A tokenizer can have an attribute of this name, too.
+    if not hasattr(processing, "get_vocab") and hasattr(processing, "tokenizer"):
+        return processing.tokenizer
+    return processing
+
+
 def adds_bos(tokenizer: Any, config: GeReConfig) -> bool:
     """Return whether `tokenize` puts the BOS token before a text; `tokenizer` is a private copy."""
     if config.add_bos is not None or tokenizer.bos_token_id is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +25,12 @@ from gere.cache.fingerprint import (
 )
 from gere.cache.store import anchor_folder
 from gere.config import AUTO, require
-from gere.errors import ReplaySetError
+from gere.errors import ReplaySetError, UnsupportedSettingError
 from gere.losses.strategy import Strategy, make_strategy
 from gere.model.adapters import is_adapted
+from gere.model.probe import find_layout
 from gere.model.sharded import whole_shape
-from gere.model.states import depth_of
+from gere.model.states import Layout, is_reentrant
 from gere.ranks import Ranks
 from gere.replay import ReplaySet
 from gere.session.checkpoint import LIVE, named_key
@@ -79,9 +81,24 @@ class Found(NamedTuple):
     tuned: bool
 
 
+def look_at(model: ReadyModel, replay: ReplaySet) -> Layout:
+    """Call the model on a replay row, and see where its states come out.
+
+    Raises:
+        ReplaySetError: If the replay set does not fit the model.
+        UnsupportedModelError: If the model is no causal language model.
+    """
+    _require_fit(model.inner, replay)
+    ranks = model.ranks
+    find = partial(find_layout, model.inner, replay.rows, model.device, model.autocast, whole=ranks.lockstep)
+    # Where the weights are spread, a failure cannot be told to the others, which wait inside their forward pass.
+    return find() if ranks.lockstep else ranks.together(find)
+
+
 def find_anchor(
     settings: ReplaySettings,
     model: ReadyModel,
+    layout: Layout,
     replay: ReplaySet,
     *,
     checkpoint: Path | None,
@@ -93,6 +110,7 @@ def find_anchor(
     Args:
         settings: What the user asks for.
         model: The model that is about to be trained.
+        layout: Where its states come out.
         replay: The replay set.
         checkpoint: The checkpoint that training resumes from. Its weights are loaded, so no anchor can be built.
         progress: Show a progress bar.
@@ -100,14 +118,13 @@ def find_anchor(
 
     Raises:
         ConfigError: If the strategy asks for layers that the model lacks, or for a live base that is not there.
-        ReplaySetError: If the replay set does not fit the model.
+        UnsupportedSettingError: If checkpointing hides these layers.
         CacheError: If the anchor is missing, damaged, or belongs to something else.
-        RankFailedError: If another process failed.
     """
     config, ranks = settings.config, model.ranks
-    _require_fit(model.inner, replay)
-    strategy = strategy_of(settings, model)
-    base = BaseModel(model.inner, replay.pad_id, model.device, strategy, model.autocast, whole=ranks.lockstep)
+    strategy = _strategy_of(settings, model, layout.depth)
+    _refuse_hidden_layers(strategy, model.inner)
+    base = BaseModel(model.inner, replay.pad_id, model.device, strategy, layout, model.autocast)
     key = named_key(config, settings.reuse, model.inner, checkpoint, ranks)
     fields = {
         "strategy": strategy.field,
@@ -143,7 +160,7 @@ def find_anchor(
     return Found(anchor, strategy, base, built, tuned=False)
 
 
-def strategy_of(settings: ReplaySettings, model: ReadyModel) -> Strategy:
+def _strategy_of(settings: ReplaySettings, model: ReadyModel, depth: int) -> Strategy:
     """The strategy that the settings name, for this model.
 
     Raises:
@@ -155,7 +172,7 @@ def strategy_of(settings: ReplaySettings, model: ReadyModel) -> Strategy:
     return make_strategy(
         settings.config.replay_strategy,
         settings.values,
-        depth=depth_of(model.inner),
+        depth=depth,
         live=live,
         half=re.search(r"(bf|fp|float)16", model.dtype) is not None,
     )
@@ -184,6 +201,22 @@ def worth_tokens(batch_tokens: int, model: ReadyModel) -> int:
     return batch_tokens
 
 
+def _refuse_hidden_layers(strategy: Strategy, model: nn.Module) -> None:
+    """Refuse to hold inner layers whose states reentrant checkpointing cuts off from the graph.
+
+    Raises:
+        UnsupportedSettingError: If it is on and a layer but the last is held.
+    """
+    if {*strategy.layers} - {strategy.depth} and is_reentrant(model):
+        raise UnsupportedSettingError(
+            "Reentrant checkpointing lets no gradient through the states of inner layers.",
+            where="gradient_checkpointing_kwargs",
+            expected='{"use_reentrant": False} with gere_config.layers',
+            found="use_reentrant True",
+            fix='Set it so, or leave gere_config.layers at "last".',
+        )
+
+
 def _require_live_base(model: nn.Module) -> None:
     require(is_adapted(model), "gere_config.anchor", 'a PEFT model for "live"', type(model).__name__)
     trained = [name for name, tensor in base_tensors(model).items() if tensor.requires_grad]
@@ -196,7 +229,9 @@ def _require_fit(model: Any, replay: ReplaySet) -> None:
     vocabulary = whole_shape(model.get_input_embeddings().weight)[0]
     rows = [*replay.rows, *replay.heldout]
     largest, longest = max(map(max, rows)), max(map(len, rows))
-    positions = getattr(model.config, "max_position_embeddings", None) or longest
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
+    if positions < 0:  # XLNet has relative positions, and says -1
+        positions = longest
     checks = (
         ("token ids", largest, vocabulary - 1, "Resize the embeddings, or pass the model's own tokenizer."),
         ("tokens in a row", longest, positions, f"Set gere_config.max_length to {positions} or less."),

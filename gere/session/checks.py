@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +10,7 @@ from gere import _compat
 from gere._log import logger
 from gere.errors import ConfigError, UnsupportedSettingError
 from gere.model.sharded import is_sharded
-from gere.model.states import depth_of, is_reentrant
+from gere.model.states import is_reentrant
 from gere.session import policy
 
 FSDP_FIX = (
@@ -100,22 +99,6 @@ def refuse_reentrant(trainer: Any, model: nn.Module, *, mixes: bool, adding: boo
         found="use_reentrant True",
         fix=f"Set it so (LLaMA-Factory: use_reentrant_gc: false){ways}.",
     )
-
-
-def refuse_hidden_layers(layers: Sequence[int], model: nn.Module) -> None:
-    """Refuse to hold inner layers whose states reentrant checkpointing cuts off from the graph.
-
-    Raises:
-        UnsupportedSettingError: If it is on and a layer but the last is held.
-    """
-    if {*layers} - {depth_of(model)} and is_reentrant(model):
-        raise UnsupportedSettingError(
-            "Reentrant checkpointing lets no gradient through the states of inner layers.",
-            where="gradient_checkpointing_kwargs",
-            expected='{"use_reentrant": False} with gere_config.layers',
-            found="use_reentrant True",
-            fix='Set it so, or leave gere_config.layers at "last".',
-        )
 
 
 def warn_of_half(replay: int, rows: int) -> None:

@@ -11,6 +11,7 @@ from gere.cache.plan import LOSSES_ONLY
 from gere.evaluation.general import GeneralChange, change_of, row_values
 from gere.model.batching import batches_by_length
 from gere.model.forward import as_trained
+from gere.model.states import Layout
 from gere.replay import ReplaySet
 from gere.session.anchor import ReadyModel, worth_tokens
 
@@ -22,11 +23,14 @@ class HeldOut:
         replay: The replay set with its held-out rows, at least one.
         base_ce: Losses of the base model on them, float32 [h].
         model: The model as the trainer prepared it.
+        layout: Where its states come out.
         batch_tokens: `gere_config.anchor_batch_tokens`. Batches are those of the build, so that an untouched model
             gives the very losses of the base model.
     """
 
-    def __init__(self, replay: ReplaySet, base_ce: Tensor, model: ReadyModel, batch_tokens: int) -> None:
+    def __init__(
+        self, replay: ReplaySet, base_ce: Tensor, model: ReadyModel, layout: Layout, batch_tokens: int
+    ) -> None:
         self._rows = replay.heldout
         self._base_ce = base_ce.double().tolist()
         self._batches = list(batches_by_length(replay.heldout, worth_tokens(batch_tokens, model)))
@@ -36,8 +40,8 @@ class HeldOut:
             replay.pad_id,
             model.device,
             LOSSES_ONLY,
+            layout,
             model.autocast,
-            whole=model.ranks.lockstep,
             shown=as_trained,
         )
         self._measured: dict[int, GeneralChange] = {}

@@ -19,7 +19,7 @@ from gere.model.batching import pad_rows, to_device
 from gere.model.forward import see
 from gere.model.states import StateReader
 from gere.replay.batch import RowCounts
-from gere.session.anchor import ReadyModel, find_anchor
+from gere.session.anchor import ReadyModel, find_anchor, look_at
 from gere.session.checkpoint import WEIGHT_FILE, read_weight
 from gere.session.finite import FiniteLosses
 from gere.session.heldout import HeldOut
@@ -145,11 +145,16 @@ def begin_session(
 
     Raises:
         ConfigError: If a setting does not fit the model.
+        ReplaySetError: If the replay set does not fit the model.
+        UnsupportedModelError: If the model is no causal language model.
         CacheError: If the anchor is missing, damaged, or belongs to something else.
     """
     settings = plan.settings
+    layout = look_at(model, plan.replay)
     if previous is None:
-        found = find_anchor(settings, model, plan.replay, checkpoint=checkpoint, progress=progress, claim=claim)
+        found = find_anchor(
+            settings, model, layout, plan.replay, checkpoint=checkpoint, progress=progress, claim=claim
+        )
         anchor, strategy, base, built, tuned = found
         weight = make_weight(settings.w_strategy, strategy)
         if checkpoint is not None:
@@ -160,7 +165,7 @@ def begin_session(
         claim(anchor.key)
     heldout = None
     if plan.replay.heldout:
-        heldout = HeldOut(plan.replay, anchor.heldout_ce, model, settings.config.anchor_batch_tokens)
+        heldout = HeldOut(plan.replay, anchor.heldout_ce, model, layout, settings.config.anchor_batch_tokens)
     distance_name = ""
     if strategy.measures:
         distance_name = settings.config.replay_strategy
@@ -176,7 +181,7 @@ def begin_session(
         weight=weight,
         objective=ReplayObjective(strategy, constants, weight),
         model=model.inner,
-        reader=StateReader(model.inner, strategy.layers),
+        reader=StateReader(layout, strategy.layers),
         device=model.device,
         every_rank_calls=every_rank_calls,
         meters=Meters(distance_name, model.device, resumed=checkpoint is not None),

@@ -22,7 +22,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
-    Trainer,
 )
 from watching import Watch
 

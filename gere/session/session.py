@@ -46,6 +46,7 @@ class ReplaySession:
         every_rank_calls: Whether each rank has to call the wrapped model for each batch of replay rows, dummy rows
             included: with ZeRO and FSDP2. With DDP one call of the wrapper in each micro-step is enough.
         meters: Sums for the log.
+        batch_tokens: Padded tokens of a forward pass that fits into memory without gradients.
     """
 
     plan: ReplayPlan
@@ -61,6 +62,7 @@ class ReplaySession:
     device: torch.device
     every_rank_calls: bool
     meters: Meters
+    batch_tokens: int
 
     def micro_step(self, rows: RowCounts, replay: Sequence[int]) -> MicroStep:
         """What this rank runs in a micro-step: its replay rows, or a dummy row where other ranks wait for its call."""
@@ -141,16 +143,16 @@ def begin_session(
     settings = plan.settings
     if previous is None:
         found = find_anchor(settings, model, plan.replay, checkpoint=checkpoint, progress=progress)
-        anchor, strategy, base, built = found
+        anchor, strategy, base, built, batch_tokens = found
         weight = make_weight(settings.w_strategy, strategy)
         if checkpoint is not None:
             weight.load_state_dict(read_weight(checkpoint), checkpoint / WEIGHT_FILE)
     else:
         anchor, strategy, base, weight = previous.anchor, previous.strategy, previous.base, previous.weight
-        built = False
+        built, batch_tokens = False, previous.batch_tokens
     heldout = None
     if plan.replay.heldout:
-        heldout = HeldOut(plan.replay, anchor.heldout_ce, model, settings.config.anchor_batch_tokens)
+        heldout = HeldOut(plan.replay, anchor.heldout_ce, model, batch_tokens)
     distance_name = ""
     if strategy.measures:
         distance_name = settings.config.replay_strategy
@@ -169,4 +171,5 @@ def begin_session(
         device=model.device,
         every_rank_calls=every_rank_calls,
         meters=Meters(distance_name, model.device, resumed=checkpoint is not None),
+        batch_tokens=batch_tokens,
     )

@@ -111,6 +111,10 @@ class CheckpointError(GeReError, ValueError):
     """A checkpoint is not whole, or its weights did not arrive in the model."""
 
 
+class AnchorMemoryError(GeReError, MemoryError):
+    """The memory of the device is too small for a forward pass of the build of an anchor."""
+
+
 class CacheError(GeReError):
     """Base of all errors about an anchor on disk."""
 

@@ -128,10 +128,12 @@ class Weights(NamedTuple):
     Attributes:
         digest: Of all weights and persistent buffers, to the last bit.
         sample: A few elements of each tensor, which stay nearly the same when a model is loaded in another precision.
+        names: Name of the tensor of each of these elements.
     """
 
     digest: str
-    sample: list[float]
+    sample: Sequence[float] = ()
+    names: Sequence[str] = ()
 
 
 def weights_of(model: nn.Module, ranks: Ranks = ALONE) -> Weights:
@@ -150,7 +152,9 @@ def weights_of(model: nn.Module, ranks: Ranks = ALONE) -> Weights:
         found = ranks.only(ranks.index == 0, lambda: _of_tensors(tensors)) or []
     digest = _joined(found)
     # The first process computes it for all, so that weights that differ by rounding still have one digest.
-    return ranks.gather(Weights(digest, [value for one in found for value in one.sample]))[0]
+    sample = [value for one in found for value in one.sample]
+    names = [name for (name, _), one in zip(tensors, found, strict=False) for _ in one.sample]
+    return ranks.gather(Weights(digest, sample, names))[0]
 
 
 def weights_digest(model: nn.Module, ranks: Ranks = ALONE) -> str:

@@ -17,13 +17,14 @@ from filelock import FileLock, Timeout
 from gere._files import folder_errors, make_folder
 from gere._log import logger, say
 from gere.cache.build import finish_build, is_everywhere, partial_folder, spread_anchor
-from gere.cache.fingerprint import CONFIG, differences, key_of, same_but_for_rounding
+from gere.cache.fingerprint import CONFIG, Weights, differences, key_of, same_but_for_rounding
 from gere.cache.multi_node import leads_disk
 from gere.cache.store import Anchor, anchor_folder, has_manifest, read_manifest, weights_sample
 from gere.errors import CacheCorruptError, CacheError, CacheMismatchError, CacheMissingError
 from gere.ranks import ALONE, Ranks
 
 LOCK_SECONDS = 2.0
+NO_WEIGHTS = Weights("")
 
 
 def folder_lock(root: Path) -> FileLock:
@@ -77,7 +78,7 @@ def open_or_build(
     build: Callable[[Path, bool], None],
     *,
     reuse: bool,
-    sample: Sequence[float] = (),
+    weights: Weights = NO_WEIGHTS,
     ranks: Ranks = ALONE,
     claim: Callable[[str], None] | None = None,
 ) -> Anchor:
@@ -89,7 +90,7 @@ def open_or_build(
         build: Builds the anchor in the folder that it is given, and is told whether this process writes for its disk;
             called on every process.
         reuse: Open what is there, and refuse a model that was tuned. `False` rebuilds it.
-        sample: Some of the model's weights, as in `BuildPlan`.
+        weights: What tells the weights of the model from others.
         ranks: All processes; each must call this.
         claim: Names the anchor where `gere cache gc` looks for what runs need; called before another run could take
             the anchor for one that no run needs.
@@ -124,7 +125,7 @@ def open_or_build(
     ranks.together(lambda: make_folder(root))
     with _locked(root, ranks) as leads:
         if not (reuse and any(ranks.ask(lambda: has_manifest(folder)))):
-            ranks.only(reuse, lambda: _require_untuned(root, fields, sample))
+            ranks.only(reuse, lambda: _require_untuned(root, fields, weights))
             if ranks.index == 0:
                 _say_why(root, fields)
             build(folder, leads)
@@ -232,14 +233,14 @@ def _others(root: Path, fields: Mapping[str, str]) -> list[tuple[Path, dict[str,
     return sorted(others, key=lambda other: len(differences(fields, other[1])))
 
 
-def _require_untuned(root: Path, fields: Mapping[str, str], sample: Sequence[float]) -> None:
+def _require_untuned(root: Path, fields: Mapping[str, str], weights: Weights) -> None:
     """Refuse a model that has the architecture of a base whose anchor is here, and weights that were trained."""
     kin = [other for other in _others(root, fields) if other[1].get("architecture") == fields.get("architecture")]
     if not kin or any(found.get("weights") == fields.get("weights") for _, found in kin):
         return
     # In another precision the weights of a base differ by rounding, in the same one they do not.
     same_precision = any(found.get("dtype") == fields.get("dtype") for _, found in kin)
-    if not same_precision and any(same_but_for_rounding(sample, weights_sample(path)) for path, _ in kin):
+    if not same_precision and any(same_but_for_rounding(weights.sample, weights_sample(path)) for path, _ in kin):
         return
     nearest, found = kin[0]
     fix = (
@@ -247,7 +248,23 @@ def _require_untuned(root: Path, fields: Mapping[str, str], sample: Sequence[flo
         "gere_config.anchor to the anchor's key. If it is a base model of its own, use another "
         "gere_hidden_state_saving_dir, or reuse_gere_hidden_state=False to build a second anchor in this one."
     )
-    _require_same(fields, found, nearest, fix)
+    _require_same(fields, found, nearest, _new_rows(nearest, weights) + fix)
+
+
+def _new_rows(folder: Path, weights: Weights) -> str:
+    """Say what may be the cause if weights differ from those of an anchor in an embedding and its head at most."""
+    pairs = zip(weights.names, weights.sample, weights_sample(folder), strict=False)
+    changed = list(dict.fromkeys(name for name, now, then in pairs if now != then))
+    if not weights.names or len(changed) > 2:
+        return ""
+    where = f"in {' and '.join(changed)} alone" if changed else "in a few places alone"
+    key = folder.name.removeprefix("anchor-")
+    return (
+        f"The weights differ {where}. If rows were added there for new tokens, they are random: seed them "
+        "(transformers.set_seed before resize_token_embeddings), or save the resized model once and start each run "
+        f"from it. Or set gere_config.anchor to {key}, which fits if its texts have no new token. "
+        "If no rows were added: "
+    )
 
 
 def _say_why(root: Path, fields: Mapping[str, str]) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
+from gere._log import logger
 from gere.cache import Anchor, BuildPlan, build_anchor, named_fields, open_named, open_or_build
 from gere.cache.base_model import BaseModel
 from gere.cache.fingerprint import (
@@ -23,9 +25,10 @@ from gere.cache.fingerprint import (
     precision_of,
     weights_of,
 )
+from gere.cache.plan import Distilled
 from gere.cache.store import anchor_folder
 from gere.config import AUTO, require
-from gere.errors import ReplaySetError, UnsupportedSettingError
+from gere.errors import AnchorMemoryError, RankFailedError, ReplaySetError, UnsupportedSettingError
 from gere.losses.strategy import Strategy, make_strategy
 from gere.model.adapters import is_adapted
 from gere.model.probe import find_layout
@@ -72,6 +75,7 @@ class Found(NamedTuple):
         base: The base model as a function of replay rows.
         built: Whether the anchor was built just now.
         tuned: Whether the model has been trained since it was the base model, as far as its files and it know.
+        batch_tokens: Padded tokens of a forward pass, half of `anchor_batch_tokens` if those did not fit into memory.
     """
 
     anchor: Anchor
@@ -79,6 +83,7 @@ class Found(NamedTuple):
     base: BaseModel
     built: bool
     tuned: bool
+    batch_tokens: int
 
 
 def look_at(model: ReadyModel, replay: ReplaySet) -> Layout:
@@ -120,8 +125,10 @@ def find_anchor(
         ConfigError: If the strategy asks for layers that the model lacks, or for a live base that is not there.
         UnsupportedSettingError: If checkpointing hides these layers.
         CacheError: If the anchor is missing, damaged, or belongs to something else.
+        AnchorMemoryError: If the memory is too small to build it, with half of `anchor_batch_tokens`, too.
+        RankFailedError: If another process failed.
     """
-    config, ranks = settings.config, model.ranks
+    config, ranks, tokens = settings.config, model.ranks, settings.config.anchor_batch_tokens
     strategy = _strategy_of(settings, model, layout.depth)
     _refuse_hidden_layers(strategy, model.inner)
     base = BaseModel(model.inner, replay.pad_id, model.device, strategy, layout, model.autocast)
@@ -140,24 +147,58 @@ def find_anchor(
             sibling = key_of({**fields, "weights": base_weights, **others})
             key = sibling if any(ranks.ask(lambda: anchor_folder(settings.folder, sibling).exists())) else key
         anchor = open_named(settings.folder, key, {**fields, **others}, ranks, claim)
-        return Found(anchor, strategy, base, built=False, tuned=True)
+        return Found(anchor, strategy, base, built=False, tuned=True, batch_tokens=tokens)
     weights = weights_of(model.inner, ranks)
     fields = {**fields, "weights": weights.digest, **others}
     if key is not None:
         anchor = open_named(settings.folder, key, fields, ranks, claim)
-        return Found(anchor, strategy, base, built=False, tuned=True)
-    plan = build_plan(config.anchor_batch_tokens, strategy, model, replay, fields)._replace(sample=weights.sample)
+        return Found(anchor, strategy, base, built=False, tuned=True, batch_tokens=tokens)
     built = False
 
+    def attempt(folder: Path, leads: bool) -> None:
+        plan = build_plan(tokens, strategy, model, replay, fields)._replace(sample=weights.sample)
+        distil = partial(_within_memory, base, worth_tokens(tokens, model))
+        build_anchor(folder, plan, distil, ranks=ranks, leads=leads, progress=progress)
+
     def build(folder: Path, leads: bool) -> None:
-        nonlocal built
+        nonlocal built, tokens
         built = True
-        build_anchor(folder, plan, base, ranks=ranks, leads=leads, progress=progress)
+        try:
+            return attempt(folder, leads)
+        except (AnchorMemoryError, RankFailedError) as error:
+            # All processes come here. Where the weights are spread, the others still wait in their forward pass.
+            spread = ranks.lockstep and ranks.count > 1
+            if spread or not any(ranks.gather(isinstance(error, AnchorMemoryError))):
+                raise
+        tokens = max(1, worth_tokens(tokens, model) // 2)
+        if ranks.index == 0:
+            what = "More did not fit into memory: the anchor is built with gere_config.anchor_batch_tokens=%d."
+            logger.warning(what, tokens)
+        clear_device_cache(garbage_collection=True)
+        attempt(folder, leads)
 
     anchor = open_or_build(
-        settings.folder, fields, build, reuse=settings.reuse, sample=weights.sample, ranks=ranks, claim=claim
+        settings.folder, fields, build, reuse=settings.reuse, weights=weights, ranks=ranks, claim=claim
     )
-    return Found(anchor, strategy, base, built, tuned=False)
+    return Found(anchor, strategy, base, built, tuned=False, batch_tokens=tokens)
+
+
+def _within_memory(base: BaseModel, tokens: int, rows: Sequence[Sequence[int]]) -> Distilled:
+    """Ask the base model, and name the setting if its memory is too small."""
+    try:
+        return base(rows)
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)):
+            raise
+        # No words of the error itself: `auto_find_batch_size` takes an error with those for one of the training.
+        raise AnchorMemoryError(
+            "The memory is too small for a forward pass of the base model while the anchor is built.",
+            where="gere_config.anchor_batch_tokens",
+            expected=f"room for {len(rows)} rows of up to {max(map(len, rows))} tokens",
+            found=f"{tokens} tokens in a forward pass",
+            fix=f"Set gere_config.anchor_batch_tokens to {max(1, tokens // 2)} or less. If one row is too long, set "
+            "gere_config.max_length to less.",
+        ) from error
 
 
 def _strategy_of(settings: ReplaySettings, model: ReadyModel, depth: int) -> Strategy:

@@ -49,6 +49,7 @@ class ReplaySession:
             included: with ZeRO and FSDP2. With DDP one call of the wrapper in each micro-step is enough.
         meters: Sums for the log.
         finite: Looks whether the losses are finite.
+        batch_tokens: Padded tokens of a forward pass that fits into memory without gradients.
     """
 
     plan: ReplayPlan
@@ -66,6 +67,7 @@ class ReplaySession:
     every_rank_calls: bool
     meters: Meters
     finite: FiniteLosses
+    batch_tokens: int
 
     def micro_step(self, rows: RowCounts, replay: Sequence[int]) -> MicroStep:
         """What this rank runs in a micro-step: its replay rows, or a dummy row where other ranks wait for its call."""
@@ -155,17 +157,17 @@ def begin_session(
         found = find_anchor(
             settings, model, layout, plan.replay, checkpoint=checkpoint, progress=progress, claim=claim
         )
-        anchor, strategy, base, built, tuned = found
+        anchor, strategy, base, built, tuned, batch_tokens = found
         weight = make_weight(settings.w_strategy, strategy)
         if checkpoint is not None:
             weight.load_state_dict(read_weight(checkpoint), checkpoint / WEIGHT_FILE)
     else:
         anchor, strategy, base, weight = previous.anchor, previous.strategy, previous.base, previous.weight
-        built, tuned = False, True
+        built, tuned, batch_tokens = False, True, previous.batch_tokens
         claim(anchor.key)
     heldout = None
     if plan.replay.heldout:
-        heldout = HeldOut(plan.replay, anchor.heldout_ce, model, layout, settings.config.anchor_batch_tokens)
+        heldout = HeldOut(plan.replay, anchor.heldout_ce, model, layout, batch_tokens)
     distance_name = ""
     if strategy.measures:
         distance_name = settings.config.replay_strategy
@@ -186,4 +188,5 @@ def begin_session(
         every_rank_calls=every_rank_calls,
         meters=Meters(distance_name, model.device, resumed=checkpoint is not None),
         finite=FiniteLosses(model.inner),
+        batch_tokens=batch_tokens,
     )

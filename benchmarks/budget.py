@@ -99,7 +99,11 @@ def train(options: argparse.Namespace, tokenizer: Any, budget: float, seed: int)
             gere_hidden_state_saving_dir=options.out / "anchors",
             num_interpolate_per_batch=4,
             gere_config=GeReConfig(
-                replay_dataset=replayed, heldout_dataset=chosen_by, max_length=length, forgetting_budget=budget
+                replay_dataset=replayed,
+                heldout_dataset=chosen_by,
+                max_length=length,
+                base_decay=0.0,  # so that there is something to move back
+                forgetting_budget=budget,
             ),
         )
         trainer.train()

@@ -6,7 +6,8 @@
 `plain` is Trainer, `mixed` is Trainer on the same rows as one data set: what `datasets.interleave_datasets` gives.
 Records are as in `benchmarks.strategies`. Runs that OUT/line.jsonl holds are not done again; the table goes to
 OUT/line.md: at each share of the line the task accuracy, the task loss and the general change. With `--questions FILE`
-the multiple-choice accuracy is measured, too, at the shares of `--asked`.
+the multiple-choice accuracy is measured, too, at the shares of `--asked`. OUT/line-REGIME.svg has a curve for each way
+and base decay. `--report` makes table and pictures of the runs that OUT/line.jsonl holds, and trains nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--shares", type=float, nargs="+", default=[1.0, 0.85, 0.7, 0.6, 0.5, 0.3])
     add("--questions", type=Path, help="multiple-choice questions; 200 of them are asked")
     add("--asked", type=float, nargs="+", default=[1.0], help="shares at which they are asked")
+    add("--report", action="store_true", help="train nothing; make table and pictures again")
     return parser.parse_args()
 
 
@@ -152,13 +155,19 @@ class LineBench(Bench):
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
 
 
-def report(base: Row, runs: Sequence[Row], shares: Sequence[float]) -> str:
-    """Markdown: a row for each way, regime and decay, means over seeds."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+def grouped(runs: Sequence[Row]) -> dict[tuple[str, str, float], list[Row]]:
+    """Return the runs of each regime, way and base decay: one for each seed."""
+    groups: dict[tuple[str, str, float], list[Row]] = {}
     for run in runs:
         groups.setdefault((run["regime"], run["way"], run["decay"]), []).append(run)
+    return groups
+
+
+def report(base: Row, runs: Sequence[Row]) -> str:
+    """Markdown: a row for each way, regime and decay, means over seeds."""
+    shares = [point["share"] for point in runs[0]["line"]]
     rows = []
-    for (regime, way, decay), group in groups.items():
+    for (regime, way, decay), group in grouped(runs).items():
         cells = []
         for place in range(len(shares)):
             points = [run["line"][place] for run in group]
@@ -178,10 +187,57 @@ def report(base: Row, runs: Sequence[Row], shares: Sequence[float]) -> str:
     )
 
 
+def draw(base: Row, runs: Sequence[Row], path: Path) -> None:
+    """Draw the line of each way and base decay as SVG, means over seeds; the tuned end of each is its large point."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "gere"
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    groups = grouped(runs)
+    ways, decays = ([*dict.fromkeys(key[place] for key in groups)] for place in (1, 2))
+    for (_, way, decay), group in groups.items():
+        points = zip(*(run["line"] for run in group), strict=True)
+        changes, losses = zip(*(map(partial(_mean, base), points)), strict=True)
+        style = "-" if decay else ":"
+        size = 30 + 60 * decays.index(decay)
+        label = f"{way}, base decay {decay:g}" if decay else way
+        axes.plot(changes, losses, style, color=f"C{ways.index(way)}", marker=".", ms=4, label=label)
+        axes.scatter(changes[:1], losses[:1], s=size, color=f"C{ways.index(way)}")
+    axes.set(xlabel="forgotten: general change on held-out texts (nats)", ylabel="task loss", title=path.stem)
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _mean(base: Row, points: Sequence[Row]) -> tuple[float, float]:
+    change = statistics.mean(point["general_loss"] - base["general_loss"] for point in points)
+    return change, statistics.mean(point["task_loss"] for point in points)
+
+
 def main() -> None:
-    """Train what is missing, and write the table."""
+    """Train what is missing, and write table and pictures."""
     options = parse_arguments()
     options.out.mkdir(parents=True, exist_ok=True)
+    if not options.report:
+        train_missing(options)
+    base, runs = json.loads((options.out / "base.json").read_text()), read_jsonl(options.out / "line.jsonl")
+    for regime in dict.fromkeys(run["regime"] for run in runs):
+        try:
+            draw(base, [run for run in runs if run["regime"] == regime], options.out / f"line-{regime}.svg")
+        except ModuleNotFoundError as error:
+            sys.stderr.write(f'No picture is drawn: {error}; pip install ".[bench]"\n')
+    text = report(base, runs)
+    (options.out / "line.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+
+
+def train_missing(options: argparse.Namespace) -> None:
+    """Train and score what OUT/line.jsonl does not hold."""
     scene = scene_of(options)
     questions = read_questions(options.questions, 200) if options.questions else []
     require_same_scene(options.out / "scene.json", scene, options.shares, questions, options.asked)
@@ -199,9 +255,6 @@ def main() -> None:
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(runs[-1]) + "\n")
         sys.stderr.write(f"{regime} {way}, base decay {decay:g}, seed {seed}: {line[0]}\n")
-    text = report(json.loads(start.read_text()), runs, options.shares)
-    (options.out / "line.md").write_text(text, encoding="utf-8")
-    sys.stdout.write(text)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,12 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--length", type=int, default=32, help="tokens of every row")
     add("--w-strategy", default="auto")
     add("--strategy", default="tm", help="gere_config.replay_strategy")
+    add(
+        "--base-decay",
+        type=float,
+        default=0.0,
+        help="gere_config.base_decay; judge it by 200 steps, with --null beside",
+    )
     add("--warm-up", type=int, default=2, help="steps before the first that counts")
     add("--steps", type=int, default=20, help="steps that count")
     add("--parts", type=int, default=4, help="further steps on a GPU, slower, for the table of where time goes")

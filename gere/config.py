@@ -17,7 +17,7 @@ import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Optional, get_args, get_type_hints
 
-from gere.errors import ConfigError
+from gere.errors import ConfigError, brief
 
 # The one list of strategies. Each class is imported when it is used, since settings are read without torch.
 STRATEGIES = {
@@ -32,6 +32,7 @@ SELF = "self"
 LAST, EVERY = "last", "every"
 AUTO = "auto"
 PAPER_SHARE = 4 / 64
+DECAY = 0.7
 MOST_KEPT = 1024
 # High enough that `max_seq_length`, which other trainers had, is not taken for a misspelling of our `max_length`.
 RESEMBLES = 0.85
@@ -126,11 +127,12 @@ class GeReConfig:
         '"none" turns replay off: training is that of the parent trainer, bit for bit.',
         choices=(*STRATEGIES, NO_REPLAY),
     )
-    base_decay: float = _setting(
-        0.0,
+    base_decay: float | str = _setting(
+        AUTO,
         "Pull the weights back to those of the base model while they are trained: over the whole training, what was "
         "learned at its start fades to exp(-base_decay). 0 is off; 0.7 to 1.6 are sensible. It also works with "
-        'replay_strategy "none".',
+        f'replay_strategy "none". "auto" is {DECAY}; it is 0 without replay, for a model that was tuned before, and '
+        "where weights are sharded or have no base. The line at the start says so.",
         example=0.7,
     )
     forgetting_budget: float | None = _setting(
@@ -231,8 +233,8 @@ class GeReConfig:
         budget = self.forgetting_budget
         sound = budget is None or (_finite(budget) and budget >= 0)
         require(sound, "gere_config.forgetting_budget", "a finite number >= 0, or None", budget)
-        decay = self.base_decay
-        require(_finite(decay) and decay >= 0, "gere_config.base_decay", "a finite number >= 0", decay)
+        if self.base_decay != AUTO:
+            object.__setattr__(self, "base_decay", _parse_decay(self.base_decay))
         quantiles = (self.lower_quantile, self.upper_quantile)
         ordered = all(map(_finite, quantiles)) and 0 < quantiles[0] < quantiles[1] < 1
         require(ordered, "gere_config.lower_quantile, upper_quantile", "0 < lower < upper < 1", quantiles)
@@ -288,6 +290,7 @@ _TYPES = {
     "replay_dataset": str | None,
     "heldout_dataset": str | None,
     "num_interpolate_per_batch": str | None,
+    "base_decay": str,
     "layers": str,
 }
 
@@ -427,7 +430,7 @@ def parse_weight(w_strategy: float | str) -> float | Literal["dy", "auto"]:
         return w_strategy  # type: ignore[return-value]
     weight = math.nan
     if not isinstance(w_strategy, bool):  # `float` takes True for 1
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             weight = float(w_strategy)
     expected = 'a number >= 0, its string, "dy" or "auto"'
     require(math.isfinite(weight) and weight >= 0, "w_strategy", expected, w_strategy)
@@ -451,7 +454,7 @@ def parse_layers(layers: str | Sequence[int], depth: int | None) -> tuple[int, .
     every = len(words) == 2 and words[0] == EVERY
     listed = words[1:] if every else words
     # `isdigit` alone takes other digits, such as superscripts, which `int` refuses.
-    numbers = [int(word) for word in listed if word.isascii() and word.isdigit()]
+    numbers = [int(word) for word in listed if word.isascii() and word.isdigit() and len(word) < 10]
     sound = len(numbers) == len(listed) > 0 and min(numbers) > 0
     expected = '"last", "every N", or numbers of layers'
     if depth is not None:
@@ -477,7 +480,8 @@ def parse_replay_per_batch(num_interpolate_per_batch: int | float | str | None) 
         value = None if value in ("none", "None") else _number_in(value)
     if value is None:
         return 0
-    if isinstance(value, numbers.Real) and 0 < float(value) < 1:
+    # Compared before it is a float, which holds no integer of 400 digits.
+    if isinstance(value, numbers.Real) and bool(0 < value < 1):  # type: ignore[operator]
         return float(value)
     expected = '"auto", a whole number >= 0, a share between 0 and 1, or None'
     return _whole(value, 0, "num_interpolate_per_batch", expected)
@@ -489,6 +493,14 @@ def _number_in(text: str) -> object:
         with contextlib.suppress(ValueError):
             return kind(text)
     return text
+
+
+def _parse_decay(base_decay: Any) -> float:
+    """Read a number for `base_decay`, also as the string of a command line."""
+    value: Any = _number_in(base_decay) if isinstance(base_decay, str) else base_decay
+    sound = isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
+    require(sound, "gere_config.base_decay", '"auto", or a finite number >= 0', base_decay)
+    return float(value)
 
 
 def replay_rows(wanted: int | float, rows: int) -> int:
@@ -524,7 +536,12 @@ def _whole(value: Any, least: int, where: str, expected: str) -> int:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def require(ok: bool, where: str, expected: str, found: object) -> None:
@@ -534,6 +551,6 @@ def require(ok: bool, where: str, expected: str, found: object) -> None:
             "A setting has a value that cannot be used.",
             where=where,
             expected=expected,
-            found=repr(found),
+            found=brief(found),
             fix="Set it to an expected value, or leave it out for the default.",
         )

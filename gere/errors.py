@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+import reprlib
 from functools import partial
+
+
+class _Brief(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxtuple = self.maxlist = self.maxdict = self.maxset = self.maxfrozenset = 20
+        self.maxstring = self.maxother = 400
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write an integer of thousands of digits.
+        return repr(x) if abs(x) < 10**60 else f"a whole number of {x.bit_length()} bits"
+
+
+def brief(value: object) -> str:
+    """Show a value in a message: in full where it is small, its beginning where it is large.
+
+    A few lines of YAML can stand for a list of billions of values, which `repr` would write out.
+    """
+    text = _Brief().repr(value)
+    return text if len(text) <= 2000 else f"{text[:2000]}..."
 
 
 class GeReError(Exception):
@@ -22,7 +44,8 @@ class GeReError(Exception):
         lines = [what]
         for title, value in (("where:", where), ("expected:", expected), ("found:", found), ("next:", fix)):
             if value is not None:
-                lines.append(f"  {title:<9} {value}")
+                shown = brief(value) if isinstance(value, list | tuple | dict | set | int) else value
+                lines.append(f"  {title:<9} {shown}")
         super().__init__("\n".join(lines))
         self._again = partial(type(self), what, where=where, expected=expected, found=found, fix=fix)
 
@@ -57,7 +80,7 @@ class UnsupportedModelError(GeReError, TypeError):
 
 
 class NonFiniteStateError(GeReError, ArithmeticError):
-    """The base model gave NaN or infinite states or losses on the replay set."""
+    """The base model gave NaN or infinite states or losses on the replay set, or a training did."""
 
 
 class RunFolderError(GeReError, ValueError):
@@ -78,6 +101,10 @@ class MissingPackageError(GeReError, ImportError):
 
 class BlendError(GeReError, ValueError):
     """There is no line between two sets of weights, or a point of it cannot be measured or written."""
+
+
+class CheckpointError(GeReError, ValueError):
+    """A checkpoint is not whole, or its weights did not arrive in the model."""
 
 
 class CacheError(GeReError):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from gere import _compat
 from gere._log import logger, say
@@ -42,8 +41,19 @@ from gere.session.checkpoint import (
     write_weight,
 )
 from gere.session.heldout import HeldOut
-from gere.session.line import NOT_MOVED, SHARE, TrainedLine, chooses, evaluation_loss, move_back, require_measures
+from gere.session.line import (
+    NOT_MOVED,
+    SHARE,
+    Decay,
+    TrainedLine,
+    chooses,
+    decay_of,
+    evaluation_loss,
+    move_back,
+    require_measures,
+)
 from gere.session.plan import ReplayPlan, make_plan, replay_settings
+from gere.session.resume import adapters_arriving, last_whole, require_arrived, require_whole
 from gere.session.session import ReplaySession, begin_session
 from gere.session.step import Steps, added_parts, share_of
 from gere.session.summary import ReplayFacts, advice_of, append_to_card, facts_of, opening
@@ -80,6 +90,7 @@ class GeReMixin(_Parent):
         train_dataset: Any
         data_collator: Any
         _get_train_sampler: Any
+        training_step: Any
 
     def __init__(
         self,
@@ -97,8 +108,11 @@ class GeReMixin(_Parent):
         self._gere_session: ReplaySession | None = None
         self._gere_steps = Steps(type(self).__name__)
         self._gere_checkpoint: Path | None = None
+        self._gere_loads_from: Path | None = None
         self._gere_why_added = ""
         self._gere_line: TrainedLine | None = None
+        decay = self._gere.config.base_decay
+        self._gere_decay = Decay(0.0 if isinstance(decay, str) else decay, "")
         self._gere_at_the_end = AtTheEnd(self._gere_move_back)
         refuse_unknown_arguments(kwargs, _compat.arguments_of(type(self)))
         super().__init__(*args, **_compat.with_processing_class(super().__init__, kwargs))
@@ -108,7 +122,7 @@ class GeReMixin(_Parent):
             # Transformers takes every metric that does not end in "loss" for one that is better when it is greater.
             self.args.greater_is_better = False
             logger.warning("greater_is_better is set to False, since %s is what was forgotten.", CHANGE)
-        if self._gere.config.base_decay or chooses(self._gere.config):
+        if self._gere.active or self._gere_decay.c or chooses(self._gere.config):
             self.add_callback(LineCallback(self._gere_begin_line, self._gere_pull))
         self.callback_handler.callbacks.insert(0, AtTheEnd(self._gere_finish))
 
@@ -117,25 +131,30 @@ class GeReMixin(_Parent):
         if type(self).compute_loss is not GeReMixin.compute_loss:
             # A subclass of this one has its own loss, which knows task rows alone. Replay goes around it.
             self.compute_loss = partial(self._gere_loss, partial(type(self).compute_loss, self))  # type: ignore[method-assign]
-        self.add_callback(ReplayCallback(self._gere_begin, self._gere_steps.close, self._gere_end_step))
+        # On the instance, so that it is the outermost even if a subclass of this class has its own.
+        self.training_step = partial(self._gere_training_step, self.training_step)
+        self.add_callback(ReplayCallback(self._gere_begin, self._gere_close_step, self._gere_end_step))
 
     @property
     def replay(self) -> ReplayFacts:
         """What is known of the replay now."""
         # The plan is a cached property: asking for it here would read the texts.
         plan = self.__dict__.get("_gere_plan")
-        rows, decay = self._gere_rows, self._gere.config.base_decay
-        advice = advice_of(self, rows, policy.rows_of_step(self), decay)
+        rows = self._gere_rows
+        advice = advice_of(self, rows, policy.rows_of_step(self), self._gere_decay)
         return facts_of(self._gere, rows, plan, self._gere_session, self.state.log_history, advice)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the parent does; a checkpoint names the anchor of its run."""
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(str(self.args.output_dir))
+        """Train as the parent does; a checkpoint names the anchor of its run, and `True` takes the last whole one."""
         self._gere_checkpoint = None
-        if checkpoint:
-            self._gere_checkpoint = Path(str(checkpoint))
+        if resume_from_checkpoint is True:
+            self._gere_checkpoint = last_whole(Path(str(self.args.output_dir)), _compat.ranks_of(self))
+        elif resume_from_checkpoint:
+            self._gere_checkpoint = Path(str(resume_from_checkpoint))
+            require_whole(self._gere_checkpoint)
+        if self._gere_checkpoint is not None:
+            resume_from_checkpoint = str(self._gere_checkpoint)
+        self._gere_loads_from = self._gere_checkpoint
         for callback in self._gere_abilities():
             callback.bind(self)
         if chooses(self._gere.config):
@@ -182,7 +201,7 @@ class GeReMixin(_Parent):
             asked.append(sampler)
             return sampler
 
-        with self._gere_data(mixed, MixedCollator(collator, mixed.dummy), sampler=give_sampler):
+        with self._gere_data(mixed, MixedCollator(collator), sampler=give_sampler):
             loader = super().get_train_dataloader()
         if asked:
             return loader
@@ -205,7 +224,7 @@ class GeReMixin(_Parent):
             seed=self._gere_seed,
             micro_batch_size=self._train_batch_size,
             world_size=ranks,
-            task_order=parent_order(parent, self._gere_seed),
+            task_order=parent_order(parent, self._gere_seed, seedable=self.accelerator.use_seedable_sampler),
             tasks_per_epoch=len(parent),
             replay_lengths=plan.lengths,
         )
@@ -225,11 +244,37 @@ class GeReMixin(_Parent):
             logger.warning(what, self._gere_rows, why)
         self._gere_why_added = why
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights as the parent does, and make sure that those of an adapter arrive."""
+        inner: Any = self.model if model is None else model
+        with adapters_arriving(inner, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint as the parent does, and make sure that it arrives."""
+        self._gere_loads_from = Path(str(self.state.best_model_checkpoint))
+        with adapters_arriving(self.model, self._gere_loads_from):
+            super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse what the parent would warn of, where it means wrong weights."""
+        if self._gere_loads_from is not None:
+            require_arrived(self.model, load_result.missing_keys, load_result.unexpected_keys, self._gere_loads_from)
+        super()._issue_warnings_after_load(load_result)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
         """Collect the batches of one optimizer step as the parent does, and keep their replay rows aside."""
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from its last step: the parent looks whether it is done only after one step more.
+            self.control.should_training_stop = True
+            return [], None
         session = self._gere_session
         if session is None:
             return super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from its last step: the parent would take one more before it looks.
+            self.control.should_training_stop = True
+            return [], None
         sent: list[MicroBatch] = []
         batches = unpacked(epoch_iterator, sent, self.args.device)
         samples, items = super().get_batch_samples(batches, num_batches, *args, **kwargs)
@@ -241,7 +286,7 @@ class GeReMixin(_Parent):
             if not self._gere_why_added:
                 self._gere_add_from_now_on(OWN_LOADER)
             parts = self._gere_added_parts(len(samples))
-        items = _compat.usable_count(self, items)
+        labels, items = items, _compat.usable_count(self, items)
         divisor = len(parts) if _compat.divides_by_accumulation(self, items) else None
         share = share_of(
             [rows for rows, _ in parts],
@@ -251,7 +296,7 @@ class GeReMixin(_Parent):
         )
         self._gere_steps.begin([session.micro_step(*part) for part in parts], share)
         if share.task_rows:
-            session.meters.step()
+            session.meters.step(None if items is None else labels)
         return samples, items
 
     def _gere_added_parts(self, micro_steps: int) -> list[tuple[RowCounts, list[int]]]:
@@ -267,27 +312,42 @@ class GeReMixin(_Parent):
             accumulation=self.args.gradient_accumulation_steps,
         )
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loss of the parent for the task rows, and of the replay rows of the micro-step, each with its share."""
-        return self._gere_loss(super().compute_loss, model, inputs, *args, **kwargs)
+    def _gere_training_step(self, parent: Callable[..., Tensor], /, *args: Any, **kwargs: Any) -> Tensor:
+        """Train on a micro-step as the parent does; it knows nothing of one that has replay rows alone."""
+        if not (self._gere_steps.open and self._gere_steps.replay_alone):
+            return parent(*args, **kwargs)
+        self._prepare_inputs = lambda inputs: inputs  # type: ignore[method-assign]
+        try:
+            return Trainer.training_step(self, *args, **kwargs)
+        finally:
+            del self._prepare_inputs
 
-    def _gere_loss(self, parent: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Loss of the parent for the task rows, and of the replay rows of the micro-step, each with its share."""
+        return self._gere_loss(super().compute_loss, *args, **kwargs)
+
+    def _gere_loss(self, parent: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         session, steps = self._gere_session, self._gere_steps
         # An evaluation computes losses without gradients, and those are the parent's alone.
         if session is None or not (steps.open and torch.is_grad_enabled()):
-            return parent(model, inputs, *args, **kwargs)
+            return parent(*args, **kwargs)
         step, share = steps.take(), steps.share
         if not step.rows.all_task:
-            return session.replay_part(model, step, share)
+            return session.replay_part(self.model_wrapped, step, share)
         # A backward pass begins with the later call, and has all of its gradients before the activations of the
         # earlier one go. So the replay rows, mostly the fewer ones, come first.
-        replay_parts = [session.replay_part(model, step, share)] if step.replay else []
-        # The parent gets its arguments in the form that Trainer chose: classes differ in their order and their names.
+        replay_parts = [session.replay_part(self.model_wrapped, step, share)] if step.replay else []
+        # The parent gets its arguments in the form that the caller chose: classes differ in order and names.
         with steps.held():
-            found = parent(model, inputs, *args, **kwargs)
+            found = parent(*args, **kwargs)
         loss, *outputs = found if isinstance(found, tuple) else (found,)
         total = sum(replay_parts, session.task_part(loss, step.rows.task, share))
         return (total, *outputs) if outputs else total
+
+    def _gere_close_step(self) -> None:
+        self._gere_steps.close()
+        if self._gere_session is not None:
+            self._gere_session.finite.check(self.state.global_step + 1)
 
     def _gere_end_step(self) -> None:
         session = self._gere_session
@@ -317,7 +377,7 @@ class GeReMixin(_Parent):
         folder = Path(output_dir or str(self.args.output_dir))
         session = self._gere_session
         if session is not None:
-            write_key(folder, session.anchor.key)
+            write_key(folder, session.anchor.key, self._gere_decay.c)
             write_weight(folder, session.weight.state_dict())
             return
         write_base(folder, self.model)
@@ -353,16 +413,27 @@ class GeReMixin(_Parent):
             previous=previous,
             every_rank_calls=sharded or not policy.is_whole(policy.kind_of(self)),
             progress=self._gere_shows_progress,
+            claim=self._gere_claim,
+        )
+        self._gere_decay = decay_of(
+            self._gere.config,
+            inner,
+            tuned=self._gere_session.tuned,
+            spread=checks.is_spread(self, inner),
+            checkpoint=self._gere_checkpoint,
         )
         remember(inner, self._gere_session.anchor.key, self._gere_session.anchor.fields["weights"])
         if self.is_world_process_zero():
             tell_trackers(self.callback_handler.callbacks, self._gere, self._gere_session.anchor.key)
-            plan = policy.step_plan(self, self._gere_rows, self._gere.config.base_decay, added=adding)
+            plan = policy.step_plan(self, self._gere_rows, self._gere_decay, added=adding)
             say(opening(self._gere_session, plan))
             logger.info("gere/forgetting is now gere/replay_change; the old name goes with the next release.")
+
+    def _gere_claim(self, key: str) -> None:
+        """Name the anchor in the output folder, before it could be taken for one that no run needs."""
+        # A model that is saved past the trainer, or by a killed run, must not be taken for a base later, either.
         if self.args.should_save:
-            # A model that is saved past the trainer, or by a killed run, must not be taken for a base later.
-            write_key(Path(str(self.args.output_dir)), self._gere_session.anchor.key)
+            write_key(Path(str(self.args.output_dir)), key)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the parent does; the metrics of `evaluate()` have the change on held-out texts, too."""
@@ -413,11 +484,14 @@ class GeReMixin(_Parent):
 
     def _gere_begin_line(self) -> None:
         """Find the base of the trained weights; the anchor is there."""
-        config, session = self._gere.config, self._gere_session
+        config, session, decay = self._gere.config, self._gere_session, self._gere_decay.c
+        self._gere_line = None  # an earlier `train()` had one
+        if not decay and not chooses(config):
+            return
         heldout = session is not None and len(session.plan.replay.heldout) > 1
         require_measures(config, heldout=heldout, evaluation=self.eval_dataset is not None)
         inner = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
-        if config.base_decay:
+        if decay:
             checks.refuse_sharded_decay(self, inner)
         elif checks.is_spread(self, inner):
             return  # the answer at the end names the command that can do it
@@ -433,8 +507,7 @@ class GeReMixin(_Parent):
             return find_base(inner, self._gere.folder, digest, ranks)
 
         trained = TrainedWeights(inner, find)
-        decay = BaseDecay(config.base_decay, self.state.max_steps, trained, self.args.seed)
-        self._gere_line = TrainedLine(trained, decay)
+        self._gere_line = TrainedLine(trained, BaseDecay(decay, self.state.max_steps, trained, self.args.seed))
 
     def _gere_pull(self, step: int) -> None:
         if self._gere_line is not None:

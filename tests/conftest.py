@@ -21,9 +21,9 @@ TINY = ROOT / "base_llms" / "llama-tiny-random"
 DATA = ROOT / "examples" / "data"
 
 torch.set_num_threads(1)
-# The same examples in every run; `HYPOTHESIS_PROFILE=random` searches for new ones.
-hypothesis.settings.register_profile("same", derandomize=True)
-hypothesis.settings.register_profile("random", derandomize=False)
+# The same examples in every run; `HYPOTHESIS_PROFILE=random` searches for new ones. No deadline: machines are busy.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("random", derandomize=False, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
@@ -93,7 +93,7 @@ def arguments(tmp_path):
 def make_trainer(tmp_path, tokenizer, general, task, arguments):
     """Make a `GeReTrainer` (or another class) on the tiny model; everything can be replaced.
 
-    All texts are replayed; `measuring_trainer` holds two of them out.
+    All texts are replayed, and base decay is off; `measuring_trainer` holds two of them out.
     """
 
     def make(cls=GeReTrainer, *, model=None, args=None, config=None, replay=4, w="dy", **changes):
@@ -105,7 +105,13 @@ def make_trainer(tmp_path, tokenizer, general, task, arguments):
             "processing_class": tokenizer,
         }
         if issubclass(cls, GeReTrainer):
-            config = {"replay_dataset": general, "replay_heldout": 0, "max_length": 48, **(config or {})}
+            config = {
+                "replay_dataset": general,
+                "replay_heldout": 0,
+                "base_decay": 0,
+                "max_length": 48,
+                **(config or {}),
+            }
             settings |= {
                 "gere_hidden_state_saving_dir": tmp_path / "gere_saving",
                 "num_interpolate_per_batch": replay,

@@ -16,6 +16,7 @@ PACKAGE = Path(gere.__file__).parent
 ORDER = (
     {"errors"},
     {"_log", "config", "_files", "ranks"},
+    {"_records"},
     {"_compat", "losses", "sampler", "metrics"},
     {"model"},
     {"cache"},

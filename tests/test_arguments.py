@@ -62,6 +62,7 @@ def test_same_types_as_the_config():
         "gere_replay_dataset": str | None,
         "gere_heldout_dataset": str | None,
         "gere_layers": str,
+        "gere_base_decay": str,
         "gere_replay_strategy": Literal["tm", "ce", "kl", "l1", "l2", "none"],
     }
     assert {name: ours[name] for name in theirs} == theirs | as_text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from conftest import DATA, TINY, load_tiny, read_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from gere import GeneralAbilityCallback, GeReConfig, GeReTrainer
@@ -142,7 +143,7 @@ def test_bfloat16_is_rounded_by_chance_and_right_on_average():
     assert torch.equal(rounded(exact, torch.Generator()).float(), exact)
 
 
-@pytest.mark.parametrize("decay", [-0.1, math.nan, math.inf, "0.7", True])
+@pytest.mark.parametrize("decay", [-0.1, math.nan, math.inf, "much", "-1", True, None])
 def test_other_values_are_refused(decay):
     with pytest.raises(ConfigError, match="base_decay"):
         GeReConfig(base_decay=decay)
@@ -231,6 +232,76 @@ def test_a_damaged_copy_is_not_the_base(make_trainer, tmp_path):
     copied.write_bytes(raw)
     make_trainer(model=copy.deepcopy(model), config={"base_decay": C}).train()
     assert copied.read_bytes() != bytes(raw), "an untouched model writes it again"
+
+
+# The default
+
+
+@pytest.fixture
+def decay_said(caplog):
+    caplog.set_level(logging.INFO, "gere")
+
+    def said():
+        """What the line at the start of the last training says of base decay."""
+        lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("gere: anchor")]
+        return lines[-1].split("held out; ")[1].split(";")[0]
+
+    return said
+
+
+def test_auto_is_a_number_for_a_base_model(make_trainer, arguments, decay_said, tmp_path):
+    def trained(decay, name):
+        args = arguments(max_steps=6, output_dir=str(tmp_path / name))
+        trainer = make_trainer(args=args, config={"base_decay": decay})
+        trainer.train()
+        return weights(trainer.model)
+
+    auto = trained("auto", "one")
+    assert decay_said() == "base decay 0.7"
+    by_hand = trained("0.7", "two")
+    assert all(torch.equal(tensor, by_hand[name]) for name, tensor in auto.items())
+
+
+def test_auto_goes_on_in_a_resumed_training(make_trainer, arguments, tmp_path, decay_said):
+    def trained(decay, checkpoint=None):
+        trainer = make_trainer(
+            args=arguments(max_steps=6, save_strategy="steps", save_steps=3), config={"base_decay": decay}
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return weights(trainer.model)
+
+    whole = trained("auto")
+    resumed = trained("auto", str(tmp_path / "out" / "checkpoint-3"))
+    assert decay_said() == "base decay 0.7"
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
+
+
+@pytest.mark.parametrize("how", ["in memory", "saved", "adapter"])
+def test_auto_is_off_for_a_model_that_was_tuned_before(make_trainer, arguments, tmp_path, decay_said, how):
+    model = lora(load_tiny()) if how == "adapter" else load_tiny()
+    first = make_trainer(model=model, config={"base_decay": "auto"})
+    first.train()
+    first.save_model(str(tmp_path / "task-1"))
+    if how == "saved":
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "task-1", dtype=torch.float32)
+    elif how == "adapter":
+        model = PeftModel.from_pretrained(load_tiny(), tmp_path / "task-1", is_trainable=True)
+    make_trainer(model=model, args=arguments(max_steps=3), config={"base_decay": "auto"}).train()
+    assert decay_said() == "no base decay, since what this model learned in earlier trainings would fade, too"
+
+
+def test_auto_is_off_for_an_adapter_without_a_base(make_trainer, arguments, decay_said):
+    model = get_peft_model(load_tiny(), IA3Config(task_type="CAUSAL_LM"))
+    make_trainer(model=model, args=arguments(max_steps=2), config={"base_decay": "auto"}).train()
+    assert decay_said() == "no base decay, since the adapter is not LoRA"
+
+
+def test_auto_without_replay_is_plain_training(make_trainer, arguments):
+    trainer = make_trainer(args=arguments(max_steps=2), config={"base_decay": "auto", "replay_strategy": "none"})
+    trainer.train()
+    plain = make_trainer(Trainer, args=arguments(max_steps=2))
+    plain.train()
+    assert all(torch.equal(tensor, weights(plain.model)[name]) for name, tensor in weights(trainer.model).items())
 
 
 # Resume

@@ -23,6 +23,7 @@ COMMANDS = {
     "anchor": "--count 8 --only speed",
     "batches": "--steps 2",
     "budget": "--out out --budgets 0.05 --seeds 0 1",
+    "dpo": "--out dpo.jsonl --ways replay --seeds 0",
     "line": "--out out --ways plain ce --decays 0 1",
     "start": "--rows 8",
     "step": "--random tiny --json step.json",

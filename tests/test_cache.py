@@ -505,6 +505,6 @@ def test_a_manifest_that_json_reads_and_nobody_writes(anchor, value):
 def test_manifest_names_what_it_is_anchored_to(anchor):
     stored, rows = anchor
     manifest = read_manifest(stored.folder)
-    assert manifest["fields"] == {"weights": "w", "texts": "t"}
-    assert manifest["shape"] == {"heldout": 0, "rows": len(rows), "tokens": sum(map(len, rows)), "dim": DIM}
+    assert manifest.fields == {"weights": "w", "texts": "t"}
+    assert manifest.shape._asdict() == {"heldout": 0, "rows": len(rows), "tokens": sum(map(len, rows)), "dim": DIM}
     assert set(load_file(stored.folder / "bands.safetensors")) == {"lower", "upper", "tolerance"}

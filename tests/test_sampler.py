@@ -116,7 +116,8 @@ def test_impossible_geometry_is_refused(changes, named):
 
 def test_parent_order():
     rows = list(range(20))
-    assert parent_order(RandomSampler(rows), 0) is None
+    random = parent_order(RandomSampler(rows), 5)
+    assert random(2) == torch.randperm(20, generator=torch.Generator().manual_seed(7)).tolist()
     assert parent_order(SequentialSampler(rows), 0)(3) == rows
     lengths = [7, 3, 9, 1, 4, 8, 2, 6, 5, 10] * 2
     grouped = parent_order(LengthGroupedSampler(2, lengths=lengths), 5)

@@ -14,8 +14,6 @@ import torch
 import yaml
 from conftest import DATA, ROOT, TINY, load_tiny, read_jsonl
 from filelock import FileLock
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 
@@ -26,7 +24,6 @@ from gere.continual import (
     SequenceSettings,
     greedy_answers,
     likeliest_answers,
-    normalised,
     read_sequence,
     read_task,
     run,
@@ -187,12 +184,6 @@ def test_score_counts_invalid_apart_from_wrong():
     right = ["World", "World", "Sports", "Sports", "Science or Technology"]
     labels = ["World", "Sports", "Business", "Science or Technology"]
     assert score(answers, right, labels) == (2 / 5, 2 / 5)
-
-
-@given(st.text(max_size=20))
-def test_normalised_is_stable(text):
-    once = normalised(text)
-    assert normalised(once) == once == normalised(f"  {text}! ")
 
 
 # Tasks and settings

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, load_tiny
-from datasets import Dataset
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer
+from conftest import load_tiny
+from transformers import DataCollatorForSeq2Seq, Trainer
 from watching import Watch, train_logs
 
 from gere import GeReConfig, GeReTrainer, gere_trainer
@@ -34,9 +33,7 @@ class OwnInputs(Trainer):
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
-        if inputs["input_ids"].numel():
-            inputs = {**inputs, "labels": inputs["labels"].masked_fill(inputs["labels"] == 5, -100)}
-        return inputs
+        return {**inputs, "labels": inputs["labels"].masked_fill(inputs["labels"] == 5, -100)}
 
 
 class KeywordLoss(Trainer):
@@ -176,106 +173,3 @@ def test_a_loop_that_never_asks_for_replay_rows_is_refused(make_trainer):
 
     with pytest.raises(UnsupportedSettingError, match=r"get_batch_samples"):
         make_trainer(Ours).train()
-
-
-trl = pytest.importorskip("trl")
-NEW_TRL = pytest.mark.skipif(trl.__version__.startswith("0."), reason="needs TRL 1")
-
-
-def lengths_of(completions, **kwargs):
-    return [float(len(str(completion))) for completion in completions]
-
-
-def common(root, **changes):
-    settings = {
-        "output_dir": str(root / "out"), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
-        "max_steps": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "report_to": [],
-        "use_cpu": True, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False,
-    }  # fmt: skip
-    return {**settings, **changes}
-
-
-def grpo(base, root, extra):
-    prompts = Dataset.from_dict({"prompt": [f"question {i}" for i in range(16)]})
-    args = trl.GRPOConfig(**common(root, num_generations=2, max_completion_length=6))
-    return base(
-        model=load_tiny(), reward_funcs=lengths_of, args=args, train_dataset=prompts,
-        processing_class=AutoTokenizer.from_pretrained(TINY), **extra,
-    )  # fmt: skip
-
-
-def rloo(base, root, extra):
-    prompts = Dataset.from_dict({"prompt": [f"question {i}" for i in range(16)]})
-    args = trl.RLOOConfig(**common(root, num_generations=2, max_completion_length=6))
-    return base(
-        model=load_tiny(), reward_funcs=lengths_of, args=args, train_dataset=prompts,
-        processing_class=AutoTokenizer.from_pretrained(TINY), **extra,
-    )  # fmt: skip
-
-
-def dpo(base, root, extra):
-    rows = {"prompt": ["a b c"] * 16, "chosen": [f" yes {i}" for i in range(16)], "rejected": [" no"] * 16}
-    return base(
-        model=load_tiny(), ref_model=load_tiny(), args=trl.DPOConfig(**common(root)),
-        train_dataset=Dataset.from_dict(rows), processing_class=AutoTokenizer.from_pretrained(TINY), **extra,
-    )  # fmt: skip
-
-
-def gkd(base, root, extra):
-    from trl.experimental.gkd import GKDConfig
-
-    messages = [[{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i}"}] for i in range(16)]
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    return base(
-        model=load_tiny(), teacher_model=load_tiny(), args=GKDConfig(**common(root, lmbda=0.0, max_length=48)),
-        train_dataset=Dataset.from_dict({"messages": messages}), processing_class=tokenizer, **extra,
-    )  # fmt: skip
-
-
-def base_of(make):
-    if make is gkd:
-        from trl.experimental.gkd import GKDTrainer
-
-        return GKDTrainer
-    return {grpo: trl.GRPOTrainer, rloo: trl.RLOOTrainer, dpo: trl.DPOTrainer}[make]
-
-
-@NEW_TRL
-@pytest.mark.parametrize("make", [grpo, rloo, dpo, gkd])
-def test_replay_rides_beside_the_batches_of_trl(tmp_path, general, make):
-    """Exactly k rows in each step, no margin in the first, and the parent's first metrics are the plain trainer's."""
-    mode = "auto" if make in (grpo, rloo) else "add"
-    replay = {
-        "gere_hidden_state_saving_dir": tmp_path / "saving", "num_interpolate_per_batch": REPLAY, "w_strategy": "dy",
-        "gere_config": GeReConfig(replay_dataset=general, max_length=40, replay_mode=mode),
-    }  # fmt: skip
-    torch.manual_seed(0)
-    ours = make(gere_trainer(base_of(make)), tmp_path, replay)
-    watch = Watch(ours, general, 40)
-    ours.train()
-    torch.manual_seed(0)
-    plain = make(base_of(make), tmp_path, {})
-    plain.train()
-    assert [len(watch.replay(step)) for step in range(2)] == [REPLAY] * 2
-    first, theirs = train_logs(ours)[0], train_logs(plain)[0]
-    assert first["gere/tm"] == 0.0 and train_logs(ours)[1]["gere/tm"] > 0
-    skip = ("gere/", "loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "frac")
-    keys = [key for key in theirs if not key.startswith(skip) and "time" not in key]
-    assert len(keys) > 2 or make is gkd
-    assert first["gere/task_loss"] == pytest.approx(theirs["loss"], rel=1e-4, abs=1e-5)
-    assert {key: first[key] for key in keys} == pytest.approx({key: theirs[key] for key in keys}, rel=1e-5, abs=1e-6)
-
-
-@NEW_TRL
-@pytest.mark.parametrize("make", [dpo, gkd])
-def test_replay_rows_replace_rows_of_trl(tmp_path, general, make):
-    replay = {
-        "gere_hidden_state_saving_dir": tmp_path / "saving", "num_interpolate_per_batch": REPLAY, "w_strategy": "dy",
-        "gere_config": GeReConfig(replay_dataset=general, max_length=40),
-    }  # fmt: skip
-    trainer = make(gere_trainer(base_of(make)), tmp_path, replay)
-    watch = Watch(trainer, general, 40)
-    trainer.train()
-    assert [len(watch.replay(step)) for step in range(2)] == [REPLAY] * 2
-    assert train_logs(trainer)[0]["gere/tm"] == 0.0

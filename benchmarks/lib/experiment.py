@@ -167,6 +167,7 @@ class Bench:
                 replay_heldout=0,  # the scene has texts of its own
                 max_length=scene.lengths[1],
                 replay_strategy=setting.strategy,
+                base_decay=0.0,
                 normalization=setting.normalization,
             ),
         )

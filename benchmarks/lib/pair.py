@@ -51,7 +51,12 @@ class Pair:
         self.tokenizer = AutoTokenizer.from_pretrained(tokens)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         texts = [row["text"] for row in read_jsonl(options.general_file)]
-        self.config = GeReConfig(replay_heldout=0, max_length=options.length, replay_strategy=options.strategy)
+        self.config = GeReConfig(
+            replay_heldout=0,
+            max_length=options.length,
+            replay_strategy=options.strategy,
+            base_decay=options.base_decay,
+        )
         self.replay = long_texts(texts, self.tokenizer, options.length, REPLAY_ROWS)
         self.task = self._task_rows(texts)
 

@@ -63,6 +63,11 @@ class TrainedWeights:
             else:
                 yield weight.tensor, base
 
+    @property
+    def adapter_is_new(self) -> bool:
+        """Whether all weights that have their base at 0 are there still, as those of a new adapter of LoRA are."""
+        return not any(weight.tensor.any() for weight in self._weights if not weight.on_disk and weight.kept is None)
+
     def copies(self) -> list[Tensor]:
         """Return copies of the weights as they are, in main memory."""
         return [weight.detach().cpu().clone() for weight, _ in self]

@@ -12,12 +12,12 @@ import json
 import shutil
 from pathlib import Path
 
-from gere._files import make_folder, sha256, sync_folder
+from gere._files import folder_errors, make_folder, remove, sha256, sync_folder
 from gere.cache.distil import Part, distil_parts, measure_noise, token_size
 from gere.cache.encode import encode
 from gere.cache.multi_node import spread_files
 from gere.cache.plan import BuildPlan, Distil, parts_of
-from gere.cache.store import MANIFEST, PARTIAL, RETIRED, read_manifest, verify_files
+from gere.cache.store import MANIFEST, PARTIAL, RETIRED, has_manifest, read_manifest, verify_files
 from gere.errors import CacheCorruptError, CacheError
 from gere.ranks import ALONE, Ranks
 
@@ -83,11 +83,12 @@ def spread_anchor(folder: Path, ranks: Ranks, *, leads: bool) -> None:
     owner, manifest = next((rank, found) for rank, found in enumerate(manifests) if found is not None)
     own = manifests[ranks.index]
     # A damaged anchor must not be copied, and not be replaced in silence.
-    ranks.only(own is not None, lambda: verify_files(folder, read_manifest(folder)["files"]))
+    ranks.only(own is not None, lambda: verify_files(folder, read_manifest(folder).files))
     lacks = leads and own != manifest
     partial = partial_folder(folder)
     ranks.only(lacks, lambda: make_folder(partial))
-    digests = {**json.loads(manifest)["files"], MANIFEST: sha256(manifest)}
+    files: dict[str, str] = json.loads(manifest)["files"]  # of another disk, checked there
+    digests = {**files, MANIFEST: sha256(manifest)}
     source = folder if ranks.index == owner else partial
     spread_files(source, {name: (digest, owner) for name, digest in digests.items()}, ranks, leads=lacks)
     ranks.only(lacks, lambda: _publish(partial, folder))
@@ -107,10 +108,10 @@ def partial_folder(folder: Path) -> Path:
 
 def _is_complete(partial: Path) -> bool:
     """Return whether a build was killed between its manifest and its final name."""
-    if not (partial / MANIFEST).exists():
+    if not has_manifest(partial):
         return False
     try:
-        files = read_manifest(partial)["files"]
+        files = read_manifest(partial).files
     except CacheError as error:
         raise CacheCorruptError(
             "The manifest of an unfinished anchor cannot be used.",
@@ -129,25 +130,27 @@ def _is_complete(partial: Path) -> bool:
 
 def _publish(partial: Path, folder: Path) -> None:
     """Drop the parts, and give the folder its name."""
-    names = {MANIFEST, *read_manifest(partial)["files"]}
-    for path in partial.iterdir():
-        if path.name not in names:
-            path.unlink()
-    # A folder cannot be renamed over one that is not empty. A kill between the two renames leaves a complete .partial
-    # folder and no anchor; the next start gives it its name.
-    retired = folder.with_name(folder.name + RETIRED)
-    shutil.rmtree(retired, ignore_errors=True)
-    if folder.exists():
-        folder.rename(retired)
-    partial.rename(folder)
-    # Before the old anchor goes: a loss of power must not leave neither of them.
-    sync_folder(folder.parent)
+    names = {MANIFEST, *read_manifest(partial).files}
+    with folder_errors(folder.parent):
+        for path in partial.iterdir():
+            if path.name not in names:
+                remove(path)
+        # A folder cannot be renamed over one that is not empty. A kill between the two renames leaves a complete
+        # .partial folder and no anchor; the next start gives it its name.
+        retired = folder.with_name(folder.name + RETIRED)
+        shutil.rmtree(retired, ignore_errors=True)
+        if folder.exists():
+            folder.rename(retired)
+        partial.rename(folder)
+        # Before the old anchor goes: a loss of power must not leave neither of them.
+        sync_folder(folder.parent)
     shutil.rmtree(retired, ignore_errors=True)
 
 
 def _checked_manifest(folder: Path) -> bytes | None:
     """Return the bytes of the manifest of a finished anchor; `None` if there is none."""
-    if not (folder / MANIFEST).exists():
+    if not has_manifest(folder):
         return None
     read_manifest(folder)
-    return (folder / MANIFEST).read_bytes()
+    with folder_errors(folder):
+        return (folder / MANIFEST).read_bytes()

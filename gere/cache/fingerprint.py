@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -20,14 +21,25 @@ from gere.ranks import ALONE, Ranks
 FORMAT_VERSION = 1
 SAMPLED = 8
 ADAPTER_WRAPPERS = ("base_layer", "original_module")
-# Settings that shape the forward pass beside the weights. An explicit list, because the rest of a configuration
-# differs between versions of transformers and is changed by the trainer.
+# Settings that shape the forward pass beside the weights. All of the others are in a field of their own, since an
+# anchor from before 0.2 does not have that.
+CONFIG = "config"
 FORWARD_CONFIG = (
     *("hidden_act", "activation_function", "num_attention_heads", "num_key_value_heads", "n_head"),
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "sliding_window", "layer_types"),
     *("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling", "query_pre_attn_scalar"),
     *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "partial_rotary_factor"),
     *("num_experts_per_tok", "norm_topk_prob", "tie_word_embeddings"),
+)
+
+# Settings that do not shape what a model says about a row of tokens in evaluation, or that other fields hold.
+NOT_FORWARD = re.compile(
+    "_.*|rope_(scaling|theta|parameters)|name_or_path|transformers_version|architectures|auto_map|model_type|vocab_size"
+    "|(torch_)?dtype|quantization_config|(attn|experts)_implementation|use_cache|use_bfloat16|pretraining_tp"
+    "|output_.*|return_dict.*|torchscript|gradient_checkpointing|tokenizer_class|prefix|.*token_ids?"
+    "|task_specific_params|id2label|label2id|num_labels|problem_type|finetuning_task"
+    "|.*dropout.*|.*pdrop|layerdrop|initializer_.*|init_std|.*loss_coef.*|chunk_size_feed_forward"
+    "|(max|min)_length|max_new_tokens|do_sample|num_beams|temperature|top_[kp]|repetition_penalty"
 )
 
 
@@ -55,6 +67,35 @@ def architecture_digest(model: nn.Module) -> str:
         "rope": _rope(config),
     }
     return sha256(json.dumps(content, sort_keys=True, default=repr).encode())
+
+
+def config_digest(model: nn.Module) -> str:
+    """Return a digest of all other settings that are not known to leave the forward pass as it is.
+
+    Settings that have the default of their class are left out: a version of transformers may know more of them.
+    """
+    config: Any = getattr(base_module(model), "config", None)
+    if not hasattr(config, "to_dict"):
+        return sha256(b"{}")
+    try:
+        defaults = type(config)().to_dict()
+    except Exception:  # a class that cannot be made without arguments, by whatever it raises
+        defaults = {}
+    content = _shaping(config.to_dict(), defaults)
+    return sha256(json.dumps(content, sort_keys=True, default=repr).encode())
+
+
+def _shaping(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        default = defaults.get(name)
+        if name in FORWARD_CONFIG or NOT_FORWARD.fullmatch(str(name)) or value == default:
+            continue
+        # The parts of a model of several have settings of their own.
+        if isinstance(value, Mapping):
+            value = _shaping(value, default if isinstance(default, Mapping) else {})
+        found[str(name)] = value
+    return found
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from gere._files import folder_errors, read_lines
+from gere._files import folder_errors, read_lines, remove
 from gere.cache.fingerprint import text_digest
 from gere.cache.inventory import Survey, key_in, pick, size_of, survey
 from gere.cache.resolve import acquired, folder_lock
-from gere.cache.store import MANIFEST, RETIRED, anchor_folder, read_manifest
+from gere.cache.store import RETIRED, anchor_folder, has_manifest, read_manifest
 from gere.errors import CacheError, CacheFolderError, CacheMissingError
 
 STALE_SECONDS = 3600
@@ -26,11 +26,14 @@ class Rubbish(NamedTuple):
     size: int
 
 
-def collect(root: Path, named: Collection[str] | None, keep: Collection[str] = (), *, delete: bool) -> list[Rubbish]:
+def collect(
+    root: Path, named: Callable[[], Collection[str]] | None, keep: Collection[str] = (), *, delete: bool
+) -> list[Rubbish]:
     """Return what can go from a cache folder, and remove it if asked to.
 
-    Anchors whose keys are in `named` or `keep` stay; with `named=None` every finished anchor stays. A key of `keep`
-    that is not there is a `CacheMissingError`, a folder in which another run builds is a `CacheFolderError`.
+    Anchors whose keys are in `keep`, or are found by `named` while no other run may begin, stay; with `named=None`
+    every finished anchor stays. A key of `keep` that is not there is a `CacheMissingError`, a folder in which another
+    run builds is a `CacheFolderError`.
     """
     # Before the lock, which would be a file in a folder of something else.
     _require_root(root)
@@ -45,7 +48,8 @@ def collect(root: Path, named: Collection[str] | None, keep: Collection[str] = (
             fix="Try again when the other run has begun to train.",
         )
     try:
-        rubbish = list(_find(survey(root), named, keep))
+        # Only now: a run that built while this one waited has named its anchor before it let go of the lock.
+        rubbish = list(_find(survey(root), None if named is None else named(), keep))
         for item in rubbish if delete else ():
             with folder_errors(root):
                 _remove(item.path)
@@ -65,17 +69,20 @@ def _find(held: Survey, named: Collection[str] | None, keep: Collection[str]) ->
     for path in held.leftovers:
         # A kill between the two renames of a rebuild leaves the old anchor as the only finished one.
         only_copy = path.suffix == RETIRED and key_in(path.name) in wanted and not _finished(path)
-        # A run that starts just now writes its texts and its `.rank-` file before it holds the lock.
-        young = path.is_file() and time.time() - path.stat().st_mtime < STALE_SECONDS
-        if not (young or only_copy):
+        if not (_is_young(path) or only_copy):
             yield Rubbish(path, "left by a run that was killed", size_of(path))
     texts = {_texts_of(path) for path in staying}
     # While one manifest does not tell its texts, any file may be the one that its anchor was made from.
     if None in texts:
         return
     for path in held.replay_files:
-        if _digest_of(path) not in {*texts, None}:
+        if not _is_young(path) and _digest_of(path) not in {*texts, None}:
             yield Rubbish(path, "no anchor that stays was made from these texts", size_of(path))
+
+
+def _is_young(path: Path) -> bool:
+    """Return whether a run that starts just now may have written a file: its texts, before it holds the lock."""
+    return path.is_file() and time.time() - path.stat().st_mtime < STALE_SECONDS
 
 
 def _stays(path: Path, wanted: Collection[str], *, everything: bool) -> bool:
@@ -87,12 +94,12 @@ def _stays(path: Path, wanted: Collection[str], *, everything: bool) -> bool:
 
 def _is_unusable(path: Path) -> bool:
     """Return whether no start can open this; a build that lacks only its name is an anchor to the next start."""
-    return not (path / MANIFEST).exists() or (bool(path.suffix) and _finished(path))
+    return not has_manifest(path) or (bool(path.suffix) and _finished(path))
 
 
 def _finished(path: Path) -> bool:
     """Return whether the finished anchor of this key is there."""
-    return (anchor_folder(path.parent, key_in(path.name)) / MANIFEST).exists()
+    return has_manifest(anchor_folder(path.parent, key_in(path.name)))
 
 
 def _known(held: Survey, keep: Collection[str]) -> set[str]:
@@ -106,7 +113,7 @@ def _known(held: Survey, keep: Collection[str]) -> set[str]:
 def _texts_of(folder: Path) -> str | None:
     """Return the digest of the texts of an anchor; `None` if its manifest does not tell."""
     try:
-        return read_manifest(folder)["fields"].get("texts")
+        return read_manifest(folder).fields.get("texts")
     except CacheError:
         return None
 
@@ -120,19 +127,16 @@ def _digest_of(replay_file: Path) -> str | None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-        return
     # An anchor loses its name first, so that a kill leaves no half of it under that.
-    if not path.suffix:
+    if path.is_dir() and not path.is_symlink() and not path.suffix:
         retired = path.with_name(path.name + RETIRED)
         shutil.rmtree(retired, ignore_errors=True)
         path = path.rename(retired)
-    shutil.rmtree(path)
+    remove(path)
 
 
 def _require_root(root: Path) -> None:
-    if (root / MANIFEST).exists():
+    if has_manifest(root):
         raise CacheMissingError(
             "This is the folder of one anchor.",
             where=root,

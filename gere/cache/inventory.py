@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gere.cache.store import MANIFEST, PARTIAL, RETIRED, anchor_folder, read_manifest
+from gere._files import folder_errors, open_regular
+from gere.cache.store import PARTIAL, RETIRED, anchor_folder, has_manifest, read_manifest
 from gere.errors import CacheError, CacheMissingError
 
 
@@ -24,21 +25,22 @@ class Survey(NamedTuple):
 
 def survey(folder: Path) -> Survey:
     """Look through a cache folder, or the folder of one anchor; any other is a `CacheMissingError`."""
-    if not folder.is_dir():
-        raise _no_cache(folder, "a file" if folder.exists() else "no such folder")
-    if (folder / MANIFEST).exists():
-        return Survey(folder, [folder.resolve()], [], [], [])
-    named = [path for path in sorted(folder.glob("anchor-*")) if path.is_dir()]
-    held = Survey(
-        folder,
-        anchors=[path for path in named if not path.suffix],
-        unfinished=[path for path in named if path.suffix == PARTIAL],
-        replay_files=sorted(folder.glob("replay-*.jsonl")),
-        leftovers=[path for path in named if path.suffix == RETIRED] + sorted(_temporary(folder)),
-    )
-    # The first start leaves the lock. A folder without it never held an anchor: its path may be mistyped.
-    if not any(held[1:]) and not (folder / ".lock").exists():
-        raise _no_cache(folder, "a folder without any")
+    with folder_errors(folder):
+        if not folder.is_dir():
+            raise _no_cache(folder, "a file" if folder.exists() else "no such folder")
+        if has_manifest(folder):
+            return Survey(folder, [folder.resolve()], [], [], [])
+        named = [path for path in sorted(folder.glob("anchor-*")) if path.is_dir()]
+        held = Survey(
+            folder,
+            anchors=[path for path in named if not path.suffix],
+            unfinished=[path for path in named if path.suffix == PARTIAL],
+            replay_files=[path for path in sorted(folder.glob("replay-*.jsonl")) if path.is_file()],
+            leftovers=[path for path in named if path.suffix == RETIRED] + sorted(_temporary(folder)),
+        )
+        # The first start leaves the lock. A folder without it never held an anchor: its path may be mistyped.
+        if not any(held[1:]) and not (folder / ".lock").exists():
+            raise _no_cache(folder, "a folder without any")
     return held
 
 
@@ -83,15 +85,16 @@ def describe(held: Survey) -> dict[str, Any]:
 def describe_anchor(folder: Path) -> dict[str, Any]:
     """Return the content of an anchor's manifest, or `error` if it cannot be read, and bytes on disk by kind."""
     kinds: dict[str, int] = {}
-    for path in sorted(folder.iterdir()):
-        kind = re.sub(r"-\d+$", "", path.stem)
-        kinds[kind] = kinds.get(kind, 0) + size_of(path)
+    with folder_errors(folder):
+        for path in sorted(folder.iterdir()):
+            kind = re.sub(r"-\d+$", "", path.stem)
+            kinds[kind] = kinds.get(kind, 0) + size_of(path)
     known = {"key": key_in(folder.name), "folder": str(folder), "bytes": {**kinds, "total": sum(kinds.values())}}
     try:
         manifest = read_manifest(folder)
     except CacheError as error:
         return {**known, "error": str(error)}
-    return {**known, "key": manifest["key"], "fields": manifest["fields"], **manifest["shape"]}
+    return {**known, "key": manifest.key, "fields": manifest.fields, **manifest.shape._asdict()}
 
 
 def _describe_unfinished(folder: Path) -> dict[str, Any]:
@@ -100,7 +103,7 @@ def _describe_unfinished(folder: Path) -> dict[str, Any]:
         "key": key_in(folder.name),
         "parts": len(parts),
         "rows": sum(map(_rows_in, parts)),
-        "all_evaluated": (folder / MANIFEST).exists(),
+        "all_evaluated": has_manifest(folder),
         "bytes": size_of(folder),
     }
 
@@ -108,10 +111,10 @@ def _describe_unfinished(folder: Path) -> dict[str, Any]:
 def _rows_in(part: Path) -> int:
     """Return the rows of a part by its header; 0 if that cannot be read, which the next build will name."""
     try:
-        with part.open("rb") as stream:
+        with open_regular(part) as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         return int(header["row"]["shape"][0])
-    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, MemoryError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, MemoryError, RecursionError):
         return 0
 
 

@@ -26,7 +26,12 @@ def leads_disk(folder: Path, ranks: Ranks) -> bool:
     names = ranks.gather(own.name)
     first = min(rank for rank, name in enumerate(names) if (folder / name).exists())
     ranks.gather(None)  # no process may delete its file before all have looked
-    ranks.together(lambda: own.unlink(missing_ok=True))
+
+    def clear() -> None:
+        with folder_errors(folder):
+            own.unlink(missing_ok=True)
+
+    ranks.together(clear)
     return first == ranks.index
 
 

@@ -17,10 +17,10 @@ from filelock import FileLock, Timeout
 from gere._files import folder_errors, make_folder
 from gere._log import logger, say
 from gere.cache.build import finish_build, is_everywhere, partial_folder, spread_anchor
-from gere.cache.fingerprint import differences, key_of, same_but_for_rounding
+from gere.cache.fingerprint import CONFIG, differences, key_of, same_but_for_rounding
 from gere.cache.multi_node import leads_disk
-from gere.cache.store import MANIFEST, Anchor, anchor_folder, read_manifest, weights_sample
-from gere.errors import CacheCorruptError, CacheMismatchError, CacheMissingError
+from gere.cache.store import Anchor, anchor_folder, has_manifest, read_manifest, weights_sample
+from gere.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, GeReError
 from gere.ranks import ALONE, Ranks
 
 LOCK_SECONDS = 2.0
@@ -41,7 +41,9 @@ def acquired(lock: FileLock, root: Path) -> bool:
     return True
 
 
-def open_named(root: Path, key: str, fields: Mapping[str, str], ranks: Ranks = ALONE) -> Anchor:
+def open_named(
+    root: Path, key: str, fields: Mapping[str, str], ranks: Ranks = ALONE, claim: Callable[[str], None] | None = None
+) -> Anchor:
     """Open the anchor that a checkpoint, a model or the user names. It is never built.
 
     Args:
@@ -49,6 +51,7 @@ def open_named(root: Path, key: str, fields: Mapping[str, str], ranks: Ranks = A
         key: Key of the anchor.
         fields: What must agree; a fine-tuned model leaves out its weights, which have moved.
         ranks: All processes; each must call this.
+        claim: As in `open_or_build`.
 
     Raises:
         CacheMissingError: If there is none with this key.
@@ -58,6 +61,8 @@ def open_named(root: Path, key: str, fields: Mapping[str, str], ranks: Ranks = A
     """
     folder = anchor_folder(root, key)
     there = any(ranks.ask(lambda: partial_folder(folder).exists() or folder.exists()))
+    if there and claim is not None:
+        ranks.together(lambda: claim(key))
     if there and not is_everywhere(folder, ranks):
         ranks.together(lambda: make_folder(root))
         with _locked(root, ranks) as leads:
@@ -74,6 +79,7 @@ def open_or_build(
     reuse: bool,
     sample: Sequence[float] = (),
     ranks: Ranks = ALONE,
+    claim: Callable[[str], None] | None = None,
 ) -> Anchor:
     """Open the anchor that belongs to `fields`, or build it beside those that are there.
 
@@ -85,6 +91,8 @@ def open_or_build(
         reuse: Open what is there, and refuse a model that was tuned. `False` rebuilds it.
         sample: Some of the model's weights, as in `BuildPlan`.
         ranks: All processes; each must call this.
+        claim: Names the anchor where `gere cache gc` looks for what runs need; called before another run could take
+            the anchor for one that no run needs.
 
     Raises:
         CacheMismatchError: If the model may be one that was tuned from a base whose anchor is there.
@@ -92,17 +100,31 @@ def open_or_build(
         CacheFolderError: If the folder cannot be used.
         RankFailedError: If another process failed.
     """
-    folder = anchor_folder(root, key_of(fields))
-    if not (reuse and is_everywhere(folder, ranks)):
-        ranks.together(lambda: make_folder(root))
-        with _locked(root, ranks) as leads:
-            if not (reuse and any(ranks.ask(lambda: (folder / MANIFEST).exists()))):
-                ranks.only(reuse, lambda: _require_untuned(root, fields, sample))
-                if ranks.index == 0:
-                    _say_why(root, fields)
-                build(folder, leads)
-            spread_anchor(folder, ranks, leads=leads)
-    return ranks.together(lambda: open_whole(folder))
+    key = key_of(fields)
+    folder = anchor_folder(root, key)
+
+    def take() -> Anchor:
+        if claim is not None:
+            claim(key)
+        return open_whole(folder)
+
+    if reuse:
+        try:
+            if is_everywhere(folder, ranks):
+                return ranks.together(take)
+        except GeReError:
+            # Another run may have removed or replaced it just now. What is damaged is so under the lock, too.
+            if not all(ranks.ask(lambda: os.access(root, os.W_OK))):
+                raise
+    ranks.together(lambda: make_folder(root))
+    with _locked(root, ranks) as leads:
+        if not (reuse and any(ranks.ask(lambda: has_manifest(folder)))):
+            ranks.only(reuse, lambda: _require_untuned(root, fields, sample))
+            if ranks.index == 0:
+                _say_why(root, fields)
+            build(folder, leads)
+        spread_anchor(folder, ranks, leads=leads)
+        return ranks.together(take)
 
 
 @contextmanager
@@ -144,8 +166,8 @@ def named_fields(root: Path, key: str, ranks: Ranks = ALONE) -> dict[str, str]:
     def read() -> dict[str, str] | None:
         # A kill may have come before the last rename.
         for path in (folder, partial_folder(folder)):
-            if (path / MANIFEST).exists():
-                return dict(read_manifest(path)["fields"])
+            if has_manifest(path):
+                return read_manifest(path).fields
         return None
 
     for fields in ranks.ask(read):
@@ -166,10 +188,12 @@ def _missing(root: Path, folder: Path) -> CacheMissingError:
 
 
 def _open_same(root: Path, folder: Path, fields: Mapping[str, str]) -> Anchor:
-    if not (folder / MANIFEST).exists():
+    if not has_manifest(folder):
         raise _missing(root, folder)
     anchor = open_whole(folder)
-    # Compare `fields` alone: those of a fine-tuned model lack the weights, which the anchor has.
+    # Compare `fields` alone: those of a fine-tuned model lack the weights, which the anchor has. An anchor from before
+    # 0.2 does not say all settings of its model; a run that was begun with it goes on.
+    fields = {name: value for name, value in fields.items() if name in anchor.fields or name != CONFIG}
     fix = (
         "Restore the setting; or build an anchor with the new settings from the base model (by `gere cache build`, or "
         "by one step of training), which is then found."
@@ -194,12 +218,12 @@ def open_whole(folder: Path) -> Anchor:
 
 def anchors_in(root: Path) -> list[Path]:
     """Return the folders of the finished anchors in a cache folder."""
-    return sorted(path for path in root.glob("anchor-*") if path.suffix == "" and (path / MANIFEST).exists())
+    return sorted(path for path in root.glob("anchor-*") if path.suffix == "" and has_manifest(path))
 
 
 def _others(root: Path, fields: Mapping[str, str]) -> list[tuple[Path, dict[str, str]]]:
     """Return the other anchors of a folder with their fields, the nearest first."""
-    others = [(path, dict(read_manifest(path)["fields"])) for path in anchors_in(root)]
+    others = [(path, read_manifest(path).fields) for path in anchors_in(root)]
     return sorted(others, key=lambda other: len(differences(fields, other[1])))
 
 

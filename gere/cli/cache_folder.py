@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,14 @@ def verify(folder: Path, key: str | None) -> int:
 
 def clean_up(folder: Path, runs: Sequence[Path] | None, keep: Sequence[str], *, delete: bool) -> int:
     """List what no run needs, and remove it if asked to. Without `runs` every finished anchor stays."""
-    named, note = None, NO_RUNS
-    if runs is not None:
-        named = keys_in_runs(runs)
-        note = f"Runs name {len(named)} anchors."
-    rubbish = collect(folder, named, keep, delete=delete)
+    named: dict[str, list[Path]] = {}
+
+    def find() -> Collection[str]:
+        named.update(keys_in_runs(runs or ()))
+        return named
+
+    rubbish = collect(folder, None if runs is None else find, keep, delete=delete)
+    note = NO_RUNS if runs is None else f"Runs name {len(named)} anchors."
     lines = [f"{_megabytes(item.size):>12}  {item.path.relative_to(folder)}  ({item.why})" for item in rubbish]
     if rubbish:
         done = "Removed:" if delete else "To remove them, give --yes:"

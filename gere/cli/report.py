@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gere._files import write_whole
 from gere.cli.settings import output_errors
 from gere.config import require
 
@@ -37,6 +38,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _write(path: Path, text: str, option: str) -> None:
+    """Write a page whole or not at all; into what is no regular file, such as `/dev/stdout`, as it is."""
     with output_errors(path, "The report", option):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text.encode("utf-8"))
+        if path.exists() and not path.is_file():
+            path.write_bytes(text.encode("utf-8"))
+        else:
+            write_whole(path.resolve(), text.encode("utf-8"))

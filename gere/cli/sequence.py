@@ -37,9 +37,9 @@ def _run(options: argparse.Namespace) -> int:
     start = matrix.general[0].get("general/loss")
     for name, row, now in zip(names, accuracies, matrix.general, strict=True):
         shares = ["-" if share is None else f"{share:.4f}" for share in row]
-        change = "-"
-        if "general/loss" in now and start is not None:
-            change = f"{now['general/loss'] - start:+.4f}"
+        change, loss = "-", now.get("general/loss")
+        if loss is not None and start is not None:
+            change = f"{loss - start:+.4f}"
         rows.append([name, *shares, change])
     width = max(len(row[0]) for row in rows)
     lines = []

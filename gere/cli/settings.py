@@ -78,7 +78,7 @@ def _value(name: str, text: str) -> Any:
         return PYTHON_WORDS[text]
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         # The check of the setting names it, and says what it expects.
         return text
 

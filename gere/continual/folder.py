@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from gere._files import canonical_json, flat, make_folder, write_atomic
+from gere._files import canonical_json, flat, folder_errors, make_folder, remove, write_atomic
+from gere._records import read_record
 from gere.continual.answers import Scores
-from gere.errors import ConfigError
+from gere.errors import ConfigError, brief
+from gere.session.checkpoint import STATE_FILE, read_state
+from gere.session.resume import checkpoints_in, torn
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 MATRIX_FILE, SEQUENCE_FILE = "matrix.json", "sequence.json"
-LOG_FILE, STATE_FILE = "logs.jsonl", "trainer_state.json"
+LOG_FILE, HASHED = "logs.jsonl", ("files.general", "files.ability")
 MODEL, TEMPORARY = "model", ".model.tmp"
 
 
@@ -37,7 +41,9 @@ class Matrix:
         invalid: Shares of answers that match no label, in the same rows.
         before: Accuracy of the base model on each task; `None` if it was not evaluated.
         before_invalid: Shares of its answers that match no label.
-        general: Measurements of general ability, before training and after each task.
+        general: Measurements of general ability, before training and after each task; `None` for NaN and infinity,
+            which a model that has diverged gives and JSON does not know.
+        format: Version of the file.
     """
 
     tasks: list[str]
@@ -45,44 +51,55 @@ class Matrix:
     invalid: list[list[float]] = dataclasses.field(default_factory=list)
     before: list[float | None] = dataclasses.field(default_factory=list)
     before_invalid: list[float | None] = dataclasses.field(default_factory=list)
-    general: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    general: list[dict[str, float | None]] = dataclasses.field(default_factory=list)
+    format: Literal[1] = FORMAT
 
     def add(self, scores: list[Scores], general: dict[str, float]) -> None:
         """Add the row after a task."""
         self.accuracy.append([one.accuracy for one in scores])
         self.invalid.append([one.invalid for one in scores])
-        self.general.append(general)
+        self.general.append(_in_json(general))
 
     def begin(self, scores: list[Scores], general: dict[str, float]) -> None:
         """Set the measurements of the base model; no scores if it was not evaluated on the tasks."""
         # A place for each task all the same, since readers pair it with the names.
         self.before = [one.accuracy for one in scores] or [None] * len(self.tasks)
         self.before_invalid = [one.invalid for one in scores] or [None] * len(self.tasks)
-        self.general = [general]
+        self.general = [_in_json(general)]
 
     def write(self, folder: Path) -> None:
         """Write `matrix.json`, whole or not at all."""
-        write_atomic(folder / MATRIX_FILE, canonical_json({"format": FORMAT, **dataclasses.asdict(self)}))
+        write_atomic(folder / MATRIX_FILE, canonical_json(dataclasses.asdict(self)))
+
+
+def _in_json(general: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in general.items()}
 
 
 def read_matrix(folder: Path) -> Matrix | None:
-    """Read the matrix of a run folder; `None` if there is none yet."""
+    """Read the matrix of a run folder; `None` if there is none yet, a `ConfigError` if it cannot be used."""
     path = folder / MATRIX_FILE
     if not path.is_file():
         return None
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("format") != FORMAT:
-            raise ValueError("another format")
-        return Matrix(**content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            "The matrix of the sequence cannot be read.",
-            where=path,
-            expected=f"a JSON object of format {FORMAT}",
-            found=f"{type(error).__name__}: {error}",
-            fix="Restore the file, or start in another folder.",
-        ) from error
+    matrix = read_record(path, Matrix, _damaged)
+    size, done = len(matrix.tasks), len(matrix.accuracy)
+    rows: list[Sequence[float | None]] = [*matrix.accuracy, *matrix.invalid]
+    rows += filter(None, [matrix.before, matrix.before_invalid])
+    sound = all(len(row) == size for row in rows) and done == len(matrix.invalid) <= size
+    # General ability is measured before training, too.
+    if not sound or len(matrix.general) != bool(matrix.general) + done:
+        raise _damaged(str(path), f"rows of {size} values, one after each training", "others")
+    return matrix
+
+
+def _damaged(where: str, expected: str, found: str) -> ConfigError:
+    return ConfigError(
+        "A file of the sequence cannot be used.",
+        where=where,
+        expected=expected,
+        found=found,
+        fix="Restore the file, or start in another folder.",
+    )
 
 
 class RunFolder:
@@ -103,20 +120,23 @@ class RunFolder:
             write_atomic(file, canonical_json(now))
             return
         try:
-            before, after = flat(json.loads(file.read_text(encoding="utf-8"))), flat(now)
-        except (ValueError, AttributeError) as error:
-            raise _unlike(file, "a JSON object", f"{type(error).__name__}: {error}") from error
+            before, after = flat(read_record(file, dict[str, Any], _damaged)), flat(now)
+        except RecursionError as error:
+            raise _damaged(str(file), "settings by name", "an object that is nested too deep") from error
         old, new = [], []
         for name in sorted({*before, *after}):
-            if before.get(name) != after.get(name):
-                old.append(f"{name} {before.get(name)}")
-                new.append(f"{name} {after.get(name)}")
+            # Before 0.2 the files of general texts and of questions had no hash.
+            unknown = name.startswith(HASHED) and name not in before
+            if before.get(name) != after.get(name) and not unknown:
+                old.append(f"{name} {brief(before.get(name))}")
+                new.append(f"{name} {brief(after.get(name))}")
         if old:
             raise _unlike(file, f"{'; '.join(old)} (the folder)", f"{'; '.join(new)} (now)")
 
     def task(self, index: int) -> Path:
         """Return the folder of a task."""
-        name = re.sub(r"[^A-Za-z0-9._-]+", "_", self._names[index])
+        # A file system takes 255 letters.
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", self._names[index])[:200]
         return self.path / f"task-{index + 1:02d}-{name}"
 
     def model(self, index: int) -> Path | None:
@@ -127,11 +147,12 @@ class RunFolder:
 
     def checkpoint(self, index: int) -> Path | None:
         """Return the last checkpoint that a task can resume from, and remove later ones; `None` if there is none."""
-        found = sorted(self.task(index).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        found = checkpoints_in(self.task(index))
         while found:
             if _has_steps_left(found[-1]):
                 return found[-1]
-            shutil.rmtree(found.pop())
+            with folder_errors(found[-1]):
+                remove(found.pop())
         return None
 
     def keep(self, index: int, save: Callable[[str], Any]) -> None:
@@ -154,21 +175,21 @@ class RunFolder:
         """Write the logs of all tasks up to one, one a line, each with the index of its task."""
         lines = []
         for index in range(upto + 1):
-            state = json.loads((self.task(index) / STATE_FILE).read_text(encoding="utf-8"))
-            for log in state["log_history"]:
+            logged = read_state(self.task(index), _damaged).log_history
+            if logged is None:
+                raise _damaged(f"{self.task(index)}/{STATE_FILE}, log_history", "a list", "nothing")
+            for log in logged:
                 lines.append(json.dumps({"task": index, **log}) + "\n")
         write_atomic(self.path / LOG_FILE, "".join(lines).encode())
 
 
 def _has_steps_left(checkpoint: Path) -> bool:
     """Return whether a checkpoint is whole, and not that of the last step."""
-    try:
-        # `Trainer` writes this file last, so a kill in the middle of a checkpoint leaves none.
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        # Resumed from the last step, `Trainer` would take a step too many.
-        return state["global_step"] < state["max_steps"]
-    except (OSError, ValueError, KeyError, TypeError):
+    if torn(checkpoint):
         return False
+    state = read_state(checkpoint, _damaged)
+    # Resumed from the last step, a plain `Trainer` would take a step too many.
+    return state.global_step < state.max_steps
 
 
 def _unlike(file: Path, expected: str, found: str) -> ConfigError:

@@ -13,12 +13,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 from transformers import set_seed
 
-from gere._files import file_sha256, make_folder
+from gere._files import file_sha256, folder_errors, make_folder
 from gere.config import require
 from gere.continual.answers import Scores, greedy_answers, likeliest_answers, score
 from gere.continual.folder import Matrix, RunFolder, read_matrix
 from gere.continual.settings import SequenceSettings, require_name, settings_of
-from gere.continual.tasks import Task, answer_ids, encode, prompt_ids, read_tasks
+from gere.continual.tasks import DEV, TRAIN, Task, answer_ids, encode, prompt_ids, read_tasks, require_reachable
 from gere.continual.trainers import (
     TrainerFactory,
     factory_of,
@@ -33,6 +33,7 @@ from gere.replay.texts import Source, read_rows
 
 Measure = Callable[[Any, Any], dict[str, float]]
 MULTITASK = "multitask"
+KINDS = (TRAIN, DEV)
 logger = logging.getLogger("gere.continual")
 
 
@@ -63,17 +64,18 @@ def run(
         settings = settings_of(settings, "settings")
     out = Path(settings.out)
     make_folder(out)
-    try:
-        # The system releases this lock when its process is killed. A file that merely exists would stay.
-        lock = FileLock(out / ".lock").acquire(timeout=0)
-    except Timeout as error:
-        raise ConfigError(
-            "The run folder is in use.",
-            where=out,
-            expected="one process at a time",
-            found="another process that trains there",
-            fix="Wait for it, or set out to another folder.",
-        ) from error
+    with folder_errors(out):
+        try:
+            # The system releases this lock when its process is killed. A file that merely exists would stay.
+            lock = FileLock(out / ".lock").acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(
+                "The run folder is in use.",
+                where=out,
+                expected="one process at a time",
+                found="another process that trains there",
+                fix="Wait for it, or set out to another folder.",
+            ) from error
     with lock:
         return _Sequence(settings, make_trainer or factory_of(settings), measure).run()
 
@@ -99,6 +101,8 @@ class _Sequence:
         factory_settings(self._settings, self._folder.path)
         longest = max(self._most_new(task) for task in self._tasks)
         require(self._settings.max_length > longest, "max_length", f"more than {longest}", self._settings.max_length)
+        for task in self._tasks:
+            require_reachable(self._tokenizer, task, self._settings.answers)
         self._folder.begin(self._content())
         done, path = len(self._matrix.accuracy), self._folder.path
         if self._matrix.general:
@@ -123,12 +127,16 @@ class _Sequence:
         # Another path may lead to the same folder. The folder makes no name either, since the report takes runs of
         # another name for runs of another group.
         del settings["out"]
-        files = [path for task in self._tasks for path in task.files]
+        # By task and kind: files of two tasks may have one name in two folders.
+        files = {
+            f"{task.name}{kind}": path for task in self._tasks for kind, path in zip(KINDS, task.files, strict=True)
+        }
+        files |= _measured(self._settings)
         return {
             "name": settings.pop("name"),
             "seed": settings["seed"],
             "tasks": [task.name for task in self._tasks],
-            "files": {path.name: file_sha256(path) for path in files},
+            "files": {name: file_sha256(path) for name, path in files.items()},
             "settings": settings,
         }
 
@@ -178,9 +186,10 @@ class _Sequence:
         if settings.answers == "likelihood":
             options = [answer_ids(tokenizer, label) for label in task.labels]
             chosen = likeliest_answers(model, tokenizer, prompts, options)
-            answers = [task.labels[place] for place in chosen]
+            answers = [None if place is None else task.labels[place] for place in chosen]
         else:
-            answers = greedy_answers(model, tokenizer, prompts, longest, batch=settings.eval_batch)
+            lines = 1 + max(label.count("\n") for label in task.labels)
+            answers = [*greedy_answers(model, tokenizer, prompts, longest, batch=settings.eval_batch, lines=lines)]
         scores = score(answers, [row.output for row in task.dev], task.labels)
         logger.info("%s: accuracy %.4f, invalid %.4f", task.name, scores.accuracy, scores.invalid)
         return scores
@@ -188,6 +197,15 @@ class _Sequence:
     def _most_new(self, task: Task) -> int:
         """Count the tokens of the longest label, and the one that ends it."""
         return max(len(answer_ids(self._tokenizer, label)) for label in task.labels) + 1
+
+
+def _measured(settings: SequenceSettings) -> dict[str, Path]:
+    """Name the files that general ability is measured on."""
+    tasks = settings.ability.get("tasks") or {}
+    sources = tasks if isinstance(tasks, Mapping) else dict(enumerate(tasks))
+    named = {"general": settings.general, **{f"ability.{name}": source for name, source in sources.items()}}
+    paths = {name: Path(str(source)) for name, source in named.items() if isinstance(source, str | Path)}
+    return {name: path for name, path in paths.items() if path.is_file()}
 
 
 def _measures(settings: SequenceSettings) -> list[Measure]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from gere._files import read_settings
+from gere._files import read_settings, read_yaml
 from gere.config import DTYPES, require, require_known
 from gere.errors import ConfigError
 
@@ -126,12 +126,10 @@ def read_sequence(file: Path, words: Sequence[str] = ()) -> SequenceSettings:
     Raises:
         ConfigError: If the file cannot be read, a name is unknown, or a value cannot be used.
     """
-    import yaml
-
     try:
         content = read_settings(file)
-        values = [yaml.safe_load(word.partition("=")[2]) for word in words]
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = [read_yaml(word.partition("=")[2]) for word in words]
+    except (OSError, ValueError) as error:
         raise ConfigError(
             "The settings of the sequence cannot be read.",
             where=f"{file}, --set",

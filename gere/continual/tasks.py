@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gere.config import require
-from gere.continual.answers import normalised
+from gere.continual.answers import Labels, text_of
 from gere.continual.settings import SequenceSettings, require_name
 from gere.evaluation.examples import TaskRow, read_task_rows
 from gere.replay import rows
 
 TRAIN, DEV = ".train.jsonl", ".dev.jsonl"
+logger = logging.getLogger("gere.continual")
 
 
 class Task(NamedTuple):
@@ -23,7 +26,7 @@ class Task(NamedTuple):
         name: Its name in the matrix.
         train: Rows to train on.
         dev: Rows to evaluate on.
-        labels: All answers that the task knows.
+        labels: All answers that the task knows, in their most frequent spelling.
         files: Files of the training rows and of the dev rows.
     """
 
@@ -50,16 +53,18 @@ def read_task(entry: Any, settings: SequenceSettings) -> Task:
         settings: Settings with `task_dir` and the choice of rows.
 
     Raises:
-        ConfigError: If a file cannot be read, a row lacks a field, or labels cannot be told apart.
+        ConfigError: If a file cannot be read, a row lacks a field, a label is empty, or a dev row has another answer.
     """
     given = _paths(entry, settings.task_dir)
     files = (Path(given["train"]), Path(given["dev"]))
     name = str(given.get("name") or files[0].name.removesuffix(".jsonl").removesuffix(".train"))
     train, dev = read_task_rows(files[0], "tasks"), read_task_rows(files[1], "tasks")
-    labels = given.get("labels") or sorted({row.output for row in [*train, *dev]})
+    labels = given.get("labels")
+    if not labels:
+        counts = Counter(row.output for row in [*train, *dev])
+        labels = sorted(Labels([output for output, _ in counts.most_common()]))
     # YAML reads a label such as yes or 1 as another type.
-    labels = tuple(map(str, labels))
-    _require_labels(name, labels, dev)
+    labels = _checked_labels(name, list(map(str, labels)), dev)
     if settings.rows is not None and settings.rows < len(train):
         # By the name, not by the place: a task has the same rows in every order of tasks.
         train = random.Random(f"{settings.seed} {name}").sample(train, settings.rows)  # noqa: S311
@@ -82,13 +87,45 @@ def _paths(entry: Any, folder: str | None) -> Mapping[str, Any]:
     return {"name": text, "train": Path(str(folder)) / (text + TRAIN), "dev": Path(str(folder)) / (text + DEV)}
 
 
-def _require_labels(name: str, labels: Sequence[str], dev: Sequence[TaskRow]) -> None:
-    """Refuse labels that are equal once they are normalised, and dev rows with another answer."""
-    plain = [normalised(label) for label in labels]
-    distinct = len({*plain}) == len(plain) and all(plain)
-    require(distinct, f"labels of {name}", "labels that differ in letters and digits", labels)
-    strange = {row.output for row in dev if normalised(row.output) not in plain}
-    require(not strange, f"outputs of {name}", f"one of {', '.join(labels)}", sorted(strange)[:3])
+def _checked_labels(name: str, spellings: Sequence[str], dev: Sequence[TaskRow]) -> tuple[str, ...]:
+    """Return the labels; refuse an empty one, and dev rows with another answer; say which are easily confused."""
+    known = Labels(spellings)
+    require(all(label.strip() for label in known), f"labels of {name}", "labels with text", spellings)
+    strange = {row.output for row in dev if known.find(row.output) is None}
+    require(not strange, f"outputs of {name}", f"one of {', '.join(known)}", sorted(strange)[:3])
+    for group in known.alike():
+        logger.warning(
+            "%s: the labels %s differ in case, space or marks alone, so that an answer has to be written just so. If "
+            "they are spellings of one label, give the task a list of its labels in `tasks`.",
+            name,
+            " and ".join(map(repr, group)),
+        )
+    return tuple(known)
+
+
+def require_reachable(tokenizer: Any, task: Task, answers: str) -> None:
+    """Refuse labels that no answer of the model could stand for, since it would be wrong whatever it has learned.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        task: The task.
+        answers: How answers are found, as `SequenceSettings.answers`.
+
+    Raises:
+        ConfigError: If the tokenizer makes another label or another text of a label.
+    """
+    known = Labels(task.labels)
+    first: dict[tuple[int, ...], str] = {(): ""}
+    changed = {}
+    for label in task.labels:
+        ids = tuple(answer_ids(tokenizer, label))
+        same, written = first.setdefault(ids, label), text_of(tokenizer, ids)
+        if same != label:
+            changed[label] = same
+        elif answers == "greedy" and known.find(written) != label:
+            changed[label] = written
+    expected = "labels that the tokenizer keeps apart; of texts that it cannot write, set answers to likelihood"
+    require(not changed, f"labels of {task.name}", expected, f"the tokenizer reads them as {changed}")
 
 
 def prompt_ids(tokenizer: Any, row: TaskRow, most: int) -> list[int]:

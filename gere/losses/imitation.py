@@ -89,7 +89,7 @@ def l2_distance(state: Tensor, target: Tensor, mask: Tensor, tolerance: Tensor |
 def _difference(state: Tensor, target: Tensor, mask: Tensor, tolerance: Tensor | float) -> Tensor:
     current = wide(state)
     difference = current - target.to(current)
-    far = mask.bool().unsqueeze(-1) & (difference.abs() > tolerance)
+    far = mask.bool().unsqueeze(-1) & ~(difference.abs() <= tolerance)  # a NaN is far
     # A product with the mask would be NaN where the padding is.
     return torch.where(far, difference, 0.0)
 

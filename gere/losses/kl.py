@@ -96,7 +96,8 @@ def top_k_kl(
 
     def row_sums(logits: Tensor, ids: Tensor, log_probs: Tensor, rest: Tensor, real: Tensor) -> tuple[Tensor]:
         divergence = token_kl(TopLogits(ids, log_probs, rest), wide(logits) / temperature)
-        return (torch.where(real & (divergence > tolerance), divergence, 0.0).sum(dim=1),)
+        # A NaN is not within the tolerance.
+        return (torch.where(real & ~(divergence <= tolerance), divergence, 0.0).sum(dim=1),)
 
     (total,) = sum_in_chunks(row_sums, (logits, *base, real), chunk_tokens)
     return total / real.sum(dim=1).clamp(min=1)

@@ -111,7 +111,7 @@ def margin_sums(
         ceiling = torch.where(base < 0, low, torch.where(base > 0, torch.inf, high))
         ground = torch.where(base > 0, high, torch.where(base < 0, -torch.inf, low))
         margin = F.relu(current - ceiling) + F.relu(ground - current)
-        violates = real.unsqueeze(-1) & (margin > tolerance)
+        violates = real.unsqueeze(-1) & ~(margin <= tolerance)  # NaN is no margin, and must not count as none
         return torch.where(violates, margin, 0.0).sum(dim=(1, 2)), violates.sum(dim=(1, 2))
 
     total, violated = sum_in_chunks(row_sums, (state, region, mask.bool()), chunk_tokens)
@@ -217,7 +217,7 @@ class Margin(Strategy):
             own = Bands(**{name: self._by_layer(values)[place] for name, values in constants.items()})
             sums = margin_sums(state, self._by_layer(base)[place], own.lower, own.upper, seen.mask, own.tolerance)
             drifted = sums.violated > least * sums.elements
-            margins.append(torch.where(drifted, normalize_margin(sums, self._normalization), 0.0))
+            margins.append(normalize_margin(sums, self._normalization) * drifted)  # a product, which keeps a NaN
             violated.append(sums.violated)
             elements.append(sums.elements)
         return torch.stack(margins).mean(dim=0), torch.stack(violated).sum(dim=0), torch.stack(elements).sum(dim=0)

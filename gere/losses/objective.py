@@ -72,7 +72,7 @@ class ReplayObjective:
         ce = next_token_ce(seen.logits, seen.ids, seen.mask)
         distance, violated, elements = self._strategy.distance(seen, targets, self._constants)
         weight = self._weight(ce, distance)
-        active = (distance.detach() > 0).to(ce)
+        active = (~(distance.detach() <= 0)).to(ce)  # a row whose distance is NaN, too
         nothing = torch.zeros_like(active)
         unrelated = calibrated = nothing
         # Only now: once the weight is calibrated, the second distance would be computed for nobody.

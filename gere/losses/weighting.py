@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gere.errors import CacheCorruptError, UnsupportedSettingError
+from gere.errors import CacheCorruptError, UnsupportedSettingError, brief
 from gere.losses.strategy import Strategy
 
 logger = logging.getLogger("gere")
@@ -164,7 +164,7 @@ class AutoWeight(RowWeight):
     def _level(self, like: Tensor) -> Tensor:
         self._known = self._known.to(like.device)  # moved once; the value is not read back
         total, rows = self._known
-        return torch.where(total > 0, self._nats * rows / total, 0.0).to(like.dtype).expand_as(like)
+        return torch.where(total == 0, 0.0, self._nats * rows / total).to(like.dtype).expand_as(like)
 
     def observe(self, unrelated: Tensor, rows: Tensor) -> None:
         """Add a micro-batch."""
@@ -206,11 +206,14 @@ class AutoWeight(RowWeight):
         if not state:
             return
         try:
-            measured = str(state["distance"])
-            numbers = [float(state[name]) for name in ("unrelated", "number", "rows")]
-            if not all(math.isfinite(value) and value > 0 for value in numbers):
-                raise ValueError(f"values that are no positive numbers: {numbers}")
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            measured, numbers = state["distance"], [state[name] for name in ("unrelated", "number", "rows")]
+            known = torch.tensor(numbers[:2], dtype=torch.float32)
+            # `type` and not `isinstance`, since True is an int, too.
+            sound = type(measured) is str and {*map(type, numbers)} <= {int, float}
+            if not (sound and known.isfinite().all() and all(0 < value < 2**63 for value in numbers)):
+                raise ValueError(brief(dict(state)))
+        # Of values that are no numbers, or of integers that no tensor holds.
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise CacheCorruptError(
                 "The state of the replay weight in the checkpoint cannot be used.",
                 where=where,
@@ -219,9 +222,11 @@ class AutoWeight(RowWeight):
                 fix="Restore the file; or delete it, and the weight calibrates again on the next replay rows.",
             ) from error
         if measured != self._name:
-            logger.warning("The checkpoint weighed %s; the weight of %s calibrates again.", measured, self._name)
+            logger.warning(
+                "The checkpoint weighed %s; the weight of %s calibrates again.", brief(measured), self._name
+            )
             return
-        self._known = torch.tensor(numbers[:2])
+        self._known = known
         self._rows = int(numbers[2])
 
 

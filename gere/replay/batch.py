@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from gere.sampler.insertion import Slot
 
-Collator = Callable[[list[Any]], Any]
+Collator = Callable[[Any], Any]
 NO_ROWS = ("input_ids", "attention_mask", "labels")
 
 
@@ -31,18 +31,18 @@ class RowCounts(NamedTuple):
     all_replay: int
 
 
-class MixedRow(NamedTuple):
-    """A task row or a replay row. It is no dict, so that no column of it is taken for an unused one.
+class MixedRows(NamedTuple):
+    """The rows of a micro-step on this rank. It is no dict, so that no column of it is taken for an unused one.
 
     Attributes:
-        task: The row of the user's dataset; `None` for a replay row.
-        replay: Index of the replay row; `None` for a task row.
-        everywhere: Task rows and replay rows of its micro-step over all ranks.
+        task: What the user's dataset gave for its rows, a dummy row among them; `None` if no rank has a task row.
+        replay: Indices of the replay rows.
+        rows: Rows of the micro-step.
     """
 
     task: Any
-    replay: int | None
-    everywhere: tuple[int, int]
+    replay: list[int]
+    rows: RowCounts
 
 
 class MicroBatch(NamedTuple):
@@ -59,8 +59,11 @@ class MicroBatch(NamedTuple):
     rows: RowCounts
 
 
-class MixedDataset(Dataset[MixedRow]):
+class MixedDataset(Dataset[MixedRows]):
     """The user's dataset followed by the replay set.
+
+    Ranks that call the model a different number of times wait for each other forever. A rank without task rows in a
+    micro-step in which others have some therefore gets a dummy task row, which `MixedRows.rows` does not count.
 
     Args:
         task: Map-style dataset of task rows.
@@ -80,29 +83,23 @@ class MixedDataset(Dataset[MixedRow]):
         """Task rows and replay rows together."""
         return self.num_task + self.num_replay
 
-    def __getitem__(self, slot: Slot) -> MixedRow:
+    def __getitem__(self, slot: Slot) -> MixedRows:
         """Row of a slot of the sampler."""
         return self.__getitems__([slot])[0]
 
-    def __getitems__(self, slots: Sequence[Slot]) -> list[MixedRow]:
-        """Rows of several slots; a dataset that reads several rows at once is asked for all task rows at once."""
+    def __getitems__(self, slots: Sequence[Slot]) -> list[MixedRows]:
+        """Rows of a micro-step, as one item: a dataset that reads several rows at once may give no list of them."""
         places = [slot.place for slot in slots if slot.place < self.num_task]
-        if hasattr(self.task, "__getitems__"):
-            tasks = iter(self.task.__getitems__(places) if places else [])
-        else:
-            tasks = iter([self.task[place] for place in places])
-        rows = []
-        for slot in slots:
-            everywhere = (slot.task_rows, slot.replay_rows)
-            if slot.place < self.num_task:
-                rows.append(MixedRow(next(tasks), None, everywhere))
-            else:
-                rows.append(MixedRow(None, slot.place - self.num_task, everywhere))
-        return rows
+        replay = [slot.place - self.num_task for slot in slots if slot.place >= self.num_task]
+        rows = RowCounts(len(places), len(replay), slots[0].task_rows, slots[0].replay_rows)
+        if not rows.all_task:
+            return [MixedRows(None, replay, rows)]
+        return [MixedRows(self._tasks(places or [0]), replay, rows)]
 
-    def dummy(self) -> Any:
-        """A task row for a rank that has none in a micro-step in which others do."""
-        return self.task[0]
+    def _tasks(self, places: list[int]) -> Any:
+        # As in torch's loader.
+        read_all = getattr(self.task, "__getitems__", None)
+        return read_all(places) if read_all else [self.task[place] for place in places]
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the user's dataset which epoch begins, if it asks for that."""
@@ -113,26 +110,19 @@ class MixedDataset(Dataset[MixedRow]):
 class MixedCollator:
     """Collates task rows by the user's collator, and passes replay rows on by their indices.
 
-    Ranks that call the model a different number of times wait for each other forever. A rank without task rows in a
-    micro-step in which others have some therefore gets a dummy task row, which `MicroBatch.rows` does not count.
-
     Args:
         task_collator: The user's collator.
-        dummy_task: Gives a task row.
     """
 
-    def __init__(self, task_collator: Collator, dummy_task: Callable[[], Any]) -> None:
+    def __init__(self, task_collator: Collator) -> None:
         self.task_collator = task_collator
-        self.dummy_task = dummy_task
 
-    def __call__(self, rows: Sequence[MixedRow]) -> MicroBatch:
-        """Collate the rows of one micro-step."""
-        tasks = [row.task for row in rows if row.replay is None]
-        replay = [row.replay for row in rows if row.replay is not None]
-        counts = RowCounts(len(tasks), len(replay), *rows[0].everywhere)
-        if not counts.all_task:
-            return MicroBatch(None, replay, counts)
-        return MicroBatch(self.task_collator(tasks or [self.dummy_task()]), replay, counts)
+    def __call__(self, sent: Sequence[MixedRows]) -> MicroBatch:
+        """Collate the rows of one micro-step, which come as one item."""
+        (mixed,) = sent
+        if not mixed.rows.all_task:
+            return MicroBatch(None, mixed.replay, mixed.rows)
+        return MicroBatch(self.task_collator(mixed.task), mixed.replay, mixed.rows)
 
     def __getattr__(self, name: str) -> Any:
         """Forward what others ask of the user's collator, such as its tokenizer."""

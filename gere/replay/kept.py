@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,9 @@ def read_kept(path: Path, size: int, fix: str) -> list[dict[str, Any]]:
         CacheCorruptError: If they are not those that were written.
     """
     try:
+        # Of use again: a start that has read them may be on its way to an anchor that is made from them.
+        with contextlib.suppress(OSError):
+            path.touch()
         records = list(read_lines(path))
         if len(records) != size:
             raise ValueError(f"{len(records)} texts")

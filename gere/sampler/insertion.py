@@ -28,28 +28,27 @@ class Slot(NamedTuple):
     replay_rows: int
 
 
-def parent_order(sampler: Any, seed: int) -> Callable[[int], list[int]] | None:
+def parent_order(sampler: Any, seed: int, *, seedable: bool = True) -> Callable[[int], list[int]]:
     """Return the order of the task rows that a parent's sampler gives, as a function of the epoch.
 
     Args:
         sampler: A sampler with a length. A generator that it has, or could have, is seeded by (seed, epoch).
         seed: Seed of the order.
-
-    Returns:
-        `None` for an ordinary random sampler, whose order is a permutation like any other.
+        seedable: Whether accelerate replaces each random sampler by its `SeedableRandomSampler`, as it does by
+            default. Then the order is that one's.
     """
-    # A part of the rows, or rows with repetition, are no permutation: only the sampler itself can draw them.
-    whole = isinstance(sampler, RandomSampler) and not sampler.replacement
-    if whole and len(sampler) == len(sampler.data_source):
-        return None
 
     def order(epoch: int) -> list[int]:
+        if callable(getattr(sampler, "set_epoch", None)):
+            sampler.set_epoch(epoch)
+        if seedable and isinstance(sampler, RandomSampler):
+            sampler.generator = torch.Generator().manual_seed(seed + epoch)
+            # What a subclass does in `__iter__` is lost when accelerate replaces it.
+            return list(RandomSampler.__iter__(sampler))
         # A sampler draws from the global generator otherwise, which a resumed run finds in another state.
         if hasattr(sampler, "generator"):
             word = _seeds(seed, _TASK, epoch).generate_state(1, np.uint64)[0]
             sampler.generator = torch.Generator().manual_seed(int(word) >> 1)
-        if callable(getattr(sampler, "set_epoch", None)):
-            sampler.set_epoch(epoch)
         return [int(index) for index in sampler]
 
     return order

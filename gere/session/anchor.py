@@ -13,7 +13,15 @@ from torch import nn
 
 from gere.cache import Anchor, BuildPlan, build_anchor, named_fields, open_named, open_or_build
 from gere.cache.base_model import BaseModel
-from gere.cache.fingerprint import architecture_digest, base_tensors, key_of, precision_of, weights_of
+from gere.cache.fingerprint import (
+    CONFIG,
+    architecture_digest,
+    base_tensors,
+    config_digest,
+    key_of,
+    precision_of,
+    weights_of,
+)
 from gere.cache.store import anchor_folder
 from gere.config import AUTO, require
 from gere.errors import ReplaySetError
@@ -61,16 +69,24 @@ class Found(NamedTuple):
         strategy: What it keeps of the base model, and how far a row is from that.
         base: The base model as a function of replay rows.
         built: Whether the anchor was built just now.
+        tuned: Whether the model has been trained since it was the base model, as far as its files and it know.
     """
 
     anchor: Anchor
     strategy: Strategy
     base: BaseModel
     built: bool
+    tuned: bool
 
 
 def find_anchor(
-    settings: ReplaySettings, model: ReadyModel, replay: ReplaySet, *, checkpoint: Path | None, progress: bool
+    settings: ReplaySettings,
+    model: ReadyModel,
+    replay: ReplaySet,
+    *,
+    checkpoint: Path | None,
+    progress: bool,
+    claim: Callable[[str], None] | None = None,
 ) -> Found:
     """Open the anchor that the training belongs to, or build it.
 
@@ -80,6 +96,7 @@ def find_anchor(
         replay: The replay set.
         checkpoint: The checkpoint that training resumes from. Its weights are loaded, so no anchor can be built.
         progress: Show a progress bar.
+        claim: Names the anchor, by its key, in the output folder of the training.
 
     Raises:
         ConfigError: If the strategy asks for layers that the model lacks, or for a live base that is not there.
@@ -92,7 +109,11 @@ def find_anchor(
     strategy = strategy_of(settings, model)
     base = BaseModel(model.inner, replay.pad_id, model.device, strategy, model.autocast, whole=ranks.lockstep)
     key = named_key(config, settings.reuse, model.inner, checkpoint, ranks)
-    fields = {"strategy": strategy.field, "architecture": architecture_digest(model.inner)}
+    fields = {
+        "strategy": strategy.field,
+        "architecture": architecture_digest(model.inner),
+        CONFIG: config_digest(model.inner),
+    }
     others = {**replay.fields, **strategy.fields, "dtype": model.dtype}
     # A fine-tuned model has other weights than its base. A live base gives the targets, so it must be the anchor's.
     if key is not None and config.anchor != LIVE:
@@ -101,11 +122,13 @@ def find_anchor(
             base_weights = named_fields(settings.folder, key, ranks)["weights"]
             sibling = key_of({**fields, "weights": base_weights, **others})
             key = sibling if any(ranks.ask(lambda: anchor_folder(settings.folder, sibling).exists())) else key
-        return Found(open_named(settings.folder, key, {**fields, **others}, ranks), strategy, base, built=False)
+        anchor = open_named(settings.folder, key, {**fields, **others}, ranks, claim)
+        return Found(anchor, strategy, base, built=False, tuned=True)
     weights = weights_of(model.inner, ranks)
     fields = {**fields, "weights": weights.digest, **others}
     if key is not None:
-        return Found(open_named(settings.folder, key, fields, ranks), strategy, base, built=False)
+        anchor = open_named(settings.folder, key, fields, ranks, claim)
+        return Found(anchor, strategy, base, built=False, tuned=True)
     plan = build_plan(config.anchor_batch_tokens, strategy, model, replay, fields)._replace(sample=weights.sample)
     built = False
 
@@ -114,8 +137,10 @@ def find_anchor(
         built = True
         build_anchor(folder, plan, base, ranks=ranks, leads=leads, progress=progress)
 
-    anchor = open_or_build(settings.folder, fields, build, reuse=settings.reuse, sample=weights.sample, ranks=ranks)
-    return Found(anchor, strategy, base, built)
+    anchor = open_or_build(
+        settings.folder, fields, build, reuse=settings.reuse, sample=weights.sample, ranks=ranks, claim=claim
+    )
+    return Found(anchor, strategy, base, built, tuned=False)
 
 
 def strategy_of(settings: ReplaySettings, model: ReadyModel) -> Strategy:

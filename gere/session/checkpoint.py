@@ -2,35 +2,84 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import nn
 
 from gere._files import canonical_json, folder_errors, write_atomic
+from gere._records import Fail, read_record
 from gere.cache.fingerprint import weights_digest
 from gere.config import AUTO, GeReConfig
-from gere.errors import CacheCorruptError, CacheFolderError, CacheMissingError, ConfigError
+from gere.errors import CacheCorruptError, CacheFolderError, CacheMissingError, ConfigError, brief
 from gere.model.adapters import base_module
 from gere.ranks import ALONE, Ranks
 
 ANCHOR_FILE, WEIGHT_FILE, BASE_FILE = "gere_anchor.json", "gere_weight.json", "gere_base.json"
 LIVE = "live"
+STATE_FILE = "trainer_state.json"
 REMEMBERED = "_gere_base"  # attribute of a model in memory
+T = TypeVar("T")
 KEY = re.compile("[0-9a-f]{32}")
 
 
-def write_key(folder: Path, key: str) -> None:
-    """Write the key of the anchor beside a saved model.
+class AnchorName(NamedTuple):
+    """Content of `gere_anchor.json`: the key of an anchor, and the base decay of the training."""
+
+    anchor: str
+    format_version: Literal[1] = 1
+    base_decay: float = 0.0
+
+
+class BaseName(NamedTuple):
+    """Content of `gere_base.json`: the digest of base weights."""
+
+    weights: str
+    format_version: Literal[1] = 1
+
+
+class RunState(NamedTuple):
+    """What is read of `trainer_state.json`, which `Trainer` writes last into a checkpoint."""
+
+    global_step: int
+    max_steps: int
+    log_history: list[dict[str, Any]] | None = None
+
+
+def read_state(folder: Path, fail: Fail) -> RunState:
+    """Read the state of a training in its output folder or in a checkpoint, or raise what `fail` makes."""
+    return read_record(folder / STATE_FILE, RunState, fail, most=2**30, others=True)
+
+
+def write_key(folder: Path, key: str, base_decay: float = 0.0) -> None:
+    """Write the key of the anchor beside a saved model, and the base decay of its training.
 
     Raises:
         CacheFolderError: If the folder cannot be written.
     """
-    _write(folder / ANCHOR_FILE, {"format_version": 1, "anchor": key})
+    content = {"format_version": 1, "anchor": key}
+    if base_decay:
+        content["base_decay"] = base_decay
+    _write(folder / ANCHOR_FILE, content)
+
+
+def read_decay(checkpoint: Path) -> float:
+    """Base decay of the training that a checkpoint belongs to.
+
+    Raises:
+        CacheCorruptError: If the file cannot be used.
+    """
+    fix = "Restore the file, or set gere_config.base_decay to a number."
+    content = _read(checkpoint, ANCHOR_FILE, AnchorName, fix)
+    decay = content.base_decay if content is not None else 0.0
+    if not 0 <= decay < math.inf:
+        raise _corrupt(f"{checkpoint}/{ANCHOR_FILE}", "'base_decay': a finite number >= 0", brief(decay), fix=fix)
+    return decay
 
 
 def write_weight(folder: Path, state: Mapping[str, Any]) -> None:
@@ -78,14 +127,14 @@ def base_of_checkpoint(checkpoint: Path, ranks: Ranks) -> str:
         CacheCorruptError: If the file cannot be used.
     """
     fix = "Restore the file, or start from the base model."
-    for weights in ranks.ask(lambda: _read(checkpoint, BASE_FILE, fix).get("weights")):
-        if isinstance(weights, str):
-            return weights
+    for found in ranks.ask(lambda: _read(checkpoint, BASE_FILE, BaseName, fix)):
+        if found is not None:
+            return found.weights
     raise CacheMissingError(
         "Training with base_decay resumes, and nothing says what its base is.",
         where=checkpoint,
         expected=f"{BASE_FILE}, which a training with base_decay writes into every checkpoint",
-        found="no such file, or one without weights",
+        found="no such file",
         fix=fix,
     )
 
@@ -97,14 +146,14 @@ def read_key(folder: Path | None) -> str | None:
         CacheCorruptError: If the file cannot be used.
     """
     fix = "Restore the file, or set gere_config.anchor to the key of the anchor."
-    content = _read(folder, ANCHOR_FILE, fix)
-    if not content:
+    content = _read(folder, ANCHOR_FILE, AnchorName, fix)
+    if content is None:
         return None
-    key = content.get("anchor")
     # The key becomes the name of a folder: nothing else may pass.
-    if not isinstance(key, str) or not KEY.fullmatch(key):
-        raise _corrupt(Path(str(folder)) / ANCHOR_FILE, f"'anchor': {key!r}, and no key of 32 hexadecimal digits", fix)
-    return key
+    if not KEY.fullmatch(content.anchor):
+        found = f"'anchor': {brief(content.anchor)}"
+        raise _corrupt(f"{folder}/{ANCHOR_FILE}", "a key of 32 hexadecimal digits", found, fix=fix)
+    return content.anchor
 
 
 def read_weight(folder: Path | None) -> dict[str, Any]:
@@ -114,27 +163,23 @@ def read_weight(folder: Path | None) -> dict[str, Any]:
         CacheCorruptError: If the file cannot be used.
     """
     fix = "Restore the file; or delete it, and the weight calibrates again on the next replay rows."
-    return _read(folder, WEIGHT_FILE, fix)
+    return _read(folder, WEIGHT_FILE, dict[str, Any], fix) or {}
 
 
-def _read(folder: Path | None, name: str, fix: str) -> dict[str, Any]:
-    if folder is None or not (folder / name).is_file():
-        return {}
-    path = folder / name
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not content:
-            raise ValueError(f"a JSON {type(content).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(path, f"{type(error).__name__}: {error}", fix) from error
-    return content
+def _read(folder: Path | None, name: str, form: type[T], fix: str) -> T | None:
+    """Read a file of a checkpoint; `None` if it is not there."""
+    if folder is None:
+        return None
+    with folder_errors(folder):
+        there = (folder / name).is_file()
+    return read_record(folder / name, form, partial(_corrupt, fix=fix)) if there else None
 
 
-def _corrupt(path: Path, found: str, fix: str) -> CacheCorruptError:
+def _corrupt(where: str, expected: str, found: str, *, fix: str) -> CacheCorruptError:
     return CacheCorruptError(
         "A file that gere writes beside a saved model cannot be used.",
-        where=path,
-        expected="a JSON object as gere writes it",
+        where=where,
+        expected=expected,
         found=found,
         fix=fix,
     )
@@ -268,17 +313,13 @@ def _refuse(error: OSError) -> None:
 
 def _sure_key(folder: Path) -> str:
     """Key that a folder names. Anything that only looks like one would let an anchor go that a run needs."""
-    key = None
-    try:
-        key = read_key(folder)
-    except OSError as error:
-        _refuse(error)
-    if key is None or not KEY.fullmatch(key):
+    key = read_key(folder)
+    if key is None:
         raise CacheCorruptError(
             "The file that names the anchor of a run names none.",
             where=folder / ANCHOR_FILE,
             expected="a key of 32 hexadecimal digits",
-            found="a link that leads nowhere" if key is None else repr(key),
+            found="a link that leads nowhere",
             fix="Restore the file, or delete it if the run is not needed any more.",
         )
     return key

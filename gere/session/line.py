@@ -4,16 +4,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from gere._log import logger
-from gere.blend import BaseDecay, TrainedWeights, go_to, grid, largest_within
-from gere.config import GeReConfig
-from gere.errors import ConfigError
+from gere.blend import BaseDecay, BaseWeights, TrainedWeights, go_to, grid, largest_within
+from gere.config import DECAY, GeReConfig
+from gere.errors import ConfigError, UnsupportedModelError
 from gere.evaluation.general import GeneralChange
+from gere.session.checkpoint import read_decay
 
 SHARES = grid(11)
 SHARE, NOT_MOVED = "gere/share", "gere/not_moved"
+
+
+class Decay(NamedTuple):
+    """Base decay of a training: c, and why `"auto"` is 0 if it is."""
+
+    c: float
+    why_off: str
+
+
+def decay_of(config: GeReConfig, model: nn.Module, *, tuned: bool, spread: bool, checkpoint: Path | None) -> Decay:
+    """Decide the base decay of a training with replay.
+
+    Args:
+        config: The settings.
+        model: The model without its distributed wrapper, before the first step.
+        tuned: Whether it has been trained since it was the base model.
+        spread: Whether a process holds only a part of the weights.
+        checkpoint: The checkpoint that training resumes from; it goes on as it began.
+    """
+    if not isinstance(config.base_decay, str):
+        return Decay(config.base_decay, "")
+    if spread:
+        return Decay(0.0, "the weights are spread over the processes")
+    if checkpoint is not None:
+        return Decay(read_decay(checkpoint), "")
+    try:
+        trained = TrainedWeights(model, lambda: BaseWeights({}))
+    except UnsupportedModelError:
+        return Decay(0.0, "the adapter is not LoRA")
+    if tuned or not trained.adapter_is_new:
+        return Decay(0.0, "what this model learned in earlier trainings would fade, too")
+    return Decay(DECAY, "")
 
 
 class TrainedLine(NamedTuple):

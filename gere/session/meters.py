@@ -23,24 +23,33 @@ class Meters:
     def __init__(self, distance: str, device: torch.device, *, resumed: bool = False) -> None:
         self._distance = distance
         self._device = device
-        self._first_task_loss = torch.zeros((), device=device)
+        self._first = torch.zeros(2, device=device)
         self._read_before = resumed
         self._clear()
 
     def _clear(self) -> None:
         self._steps = 0
-        self._task_loss = torch.zeros((), device=self._device)
+        # Sum of the losses of the steps, and how many of them have a label.
+        self._task = torch.zeros(2, device=self._device)
         self._replay = torch.zeros(len(ReplaySums._fields), device=self._device)
 
-    def step(self) -> None:
-        """Count an optimizer step that has task rows; it begins."""
+    def step(self, labels: Tensor | int | None) -> None:
+        """Count an optimizer step that has task rows; it begins.
+
+        Args:
+            labels: Labels that the parent divides the loss by; `None` if it does not count them.
+        """
         if self._steps == 1 and not self._read_before:
-            self._first_task_loss = self._task_loss
+            self._first = self._task
         self._steps += 1
+        # The loss of a step without a label is 0. It is none of a model that has learned everything.
+        counts = torch.as_tensor(1 if labels is None else labels, device=self._device).gt(0).any().float()
+        self._task = self._task + torch.stack([torch.zeros_like(counts), counts])
 
     def add_task(self, loss: Tensor) -> None:
         """Add the parent's loss of a micro-batch, weighed by its share of the step."""
-        self._task_loss = self._task_loss + loss.detach().float().to(self._device)
+        value = loss.detach().float().to(self._device)
+        self._task = self._task + torch.stack([value, torch.zeros_like(value)])
 
     def add_replay(self, sums: ReplaySums) -> None:
         """Add the replay rows of a micro-batch."""
@@ -53,22 +62,21 @@ class Meters:
             join: Mean of a vector over the ranks.
 
         Returns:
-            `gere/...` values by name; empty if no step was taken.
+            `gere/...` values by name; empty if no step was taken. Without a label there is no task loss.
         """
-        steps = torch.tensor(float(self._steps), device=self._device)
-        first = self._task_loss if self._steps == 1 else self._first_task_loss
-        total = join(torch.cat([torch.stack([first, steps, self._task_loss]), self._replay])).tolist()
-        logs = self._averages(total[1], total[2], *total[3:])
-        if logs and not self._read_before:
-            logs["gere/first_task_loss"] = total[0]
+        first = self._task if self._steps == 1 else self._first
+        first_loss, first_count, *sums = join(torch.cat([first, self._task, self._replay])).tolist()
+        logs = self._averages(*sums)
+        if logs and first_count and not self._read_before:
+            logs["gere/first_task_loss"] = first_loss / first_count
         self._read_before = self._read_before or bool(logs)
         self._clear()
         return logs
 
-    def _averages(self, steps: float, task_loss: float, *replay: float) -> dict[str, float]:
+    def _averages(self, task_loss: float, labelled: float, *replay: float) -> dict[str, float]:
         logs = {}
-        if steps:
-            logs["gere/task_loss"] = task_loss / steps
+        if labelled:
+            logs["gere/task_loss"] = task_loss / labelled
         sums: Any = ReplaySums._make(replay)  # type: ignore[arg-type] # floats here, by the same names
         if sums.rows:
             logs["gere/ce"] = sums.ce / sums.rows

@@ -61,7 +61,8 @@ def replay_settings(
     Raises:
         ConfigError: Naming the argument that cannot be used.
     """
-    require(isinstance(saving_dir, str | Path), "gere_hidden_state_saving_dir", "a path", saving_dir)
+    sound = isinstance(saving_dir, str | Path) and "\0" not in str(saving_dir)
+    require(sound, "gere_hidden_state_saving_dir", "a path", saving_dir)
     require(isinstance(reuse, bool), "reuse_gere_hidden_state", "True or False", reuse)
     require(isinstance(config, GeReConfig | None), "gere_config", "GeReConfig(...)", config)
     return ReplaySettings(

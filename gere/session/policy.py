@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import IterableDataset, RandomSampler, WeightedRandomSampler
 
 from gere import _compat
+from gere.session.line import Decay
 from gere.session.plan import ReplaySettings
 from gere.session.summary import StepPlan
 
@@ -78,7 +79,7 @@ def why_no_row_sampler(sampler: Any, rows: int) -> str | None:
     return None
 
 
-def step_plan(trainer: Any, replay: int, base_decay: float, *, added: bool) -> StepPlan:
+def step_plan(trainer: Any, replay: int, decay: Decay, *, added: bool) -> StepPlan:
     """How the training of a trainer goes, with so many replay rows in a step."""
     rows, steps = rows_of_step(trainer), int(trainer.state.max_steps)
     plain_steps = steps
@@ -86,4 +87,4 @@ def step_plan(trainer: Any, replay: int, base_decay: float, *, added: bool) -> S
         share = len(trainer.train_dataset) / rows
         per_epoch = math.floor(share) if trainer.args.dataloader_drop_last else math.ceil(share)
         plain_steps = math.ceil(max(1, per_epoch) * trainer.args.num_train_epochs)
-    return StepPlan(rows, replay, added, steps, plain_steps, base_decay)
+    return StepPlan(rows, replay, added, steps, plain_steps, decay)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from gere.model.states import StateReader
 from gere.replay.batch import RowCounts
 from gere.session.anchor import ReadyModel, find_anchor
 from gere.session.checkpoint import WEIGHT_FILE, read_weight
+from gere.session.finite import FiniteLosses
 from gere.session.heldout import HeldOut
 from gere.session.meters import Meters
 from gere.session.plan import ReplayPlan
@@ -35,6 +36,7 @@ class ReplaySession:
         plan: Settings and replay set.
         anchor: The anchor.
         built: Whether it was built for this training.
+        tuned: Whether the model had been trained before.
         heldout: Measures what is left of general ability; `None` if there are no held-out texts.
         strategy: What is kept of the base model, and how far a row is from that.
         base: The base model, which gives the targets of a live strategy.
@@ -46,11 +48,13 @@ class ReplaySession:
         every_rank_calls: Whether each rank has to call the wrapped model for each batch of replay rows, dummy rows
             included: with ZeRO and FSDP2. With DDP one call of the wrapper in each micro-step is enough.
         meters: Sums for the log.
+        finite: Looks whether the losses are finite.
     """
 
     plan: ReplayPlan
     anchor: Anchor
     built: bool
+    tuned: bool
     heldout: HeldOut | None
     strategy: Strategy
     base: BaseModel
@@ -61,6 +65,7 @@ class ReplaySession:
     device: torch.device
     every_rank_calls: bool
     meters: Meters
+    finite: FiniteLosses
 
     def micro_step(self, rows: RowCounts, replay: Sequence[int]) -> MicroStep:
         """What this rank runs in a micro-step: its replay rows, or a dummy row where other ranks wait for its call."""
@@ -74,6 +79,7 @@ class ReplaySession:
         if not rows:
             # All labels of a dummy row are -100, for which a mean over tokens is NaN.
             return torch.nan_to_num(loss, 0.0, 0.0, 0.0) * 0.0
+        self.finite.see(loss)
         self.meters.add_task(loss * share.logged_factor(rows))
         return loss * share.task_factor(rows)
 
@@ -96,6 +102,7 @@ class ReplaySession:
         loss, sums = self.objective(seen, base_ce, self._targets(step.replay, seen.ids, seen.mask))
         if not step.rows.replay:
             return loss * 0.0
+        self.finite.see(loss, step.replay)
         self.meters.add_replay(sums)
         self.weight.observe(sums.unrelated, sums.calibrated)
         return loss * share.replay_factor
@@ -122,6 +129,7 @@ def begin_session(
     previous: ReplaySession | None,
     every_rank_calls: bool,
     progress: bool,
+    claim: Callable[[str], None],
 ) -> ReplaySession:
     """Open or build the anchor, and put together what a training needs.
 
@@ -133,6 +141,7 @@ def begin_session(
             its weight are used again.
         every_rank_calls: As in `ReplaySession`.
         progress: Show a progress bar.
+        claim: As in `find_anchor`.
 
     Raises:
         ConfigError: If a setting does not fit the model.
@@ -140,14 +149,15 @@ def begin_session(
     """
     settings = plan.settings
     if previous is None:
-        found = find_anchor(settings, model, plan.replay, checkpoint=checkpoint, progress=progress)
-        anchor, strategy, base, built = found
+        found = find_anchor(settings, model, plan.replay, checkpoint=checkpoint, progress=progress, claim=claim)
+        anchor, strategy, base, built, tuned = found
         weight = make_weight(settings.w_strategy, strategy)
         if checkpoint is not None:
             weight.load_state_dict(read_weight(checkpoint), checkpoint / WEIGHT_FILE)
     else:
         anchor, strategy, base, weight = previous.anchor, previous.strategy, previous.base, previous.weight
-        built = False
+        built, tuned = False, True
+        claim(anchor.key)
     heldout = None
     if plan.replay.heldout:
         heldout = HeldOut(plan.replay, anchor.heldout_ce, model, settings.config.anchor_batch_tokens)
@@ -159,6 +169,7 @@ def begin_session(
         plan=plan,
         anchor=anchor,
         built=built,
+        tuned=tuned,
         heldout=heldout,
         strategy=strategy,
         base=base,
@@ -169,4 +180,5 @@ def begin_session(
         device=model.device,
         every_rank_calls=every_rank_calls,
         meters=Meters(distance_name, model.device, resumed=checkpoint is not None),
+        finite=FiniteLosses(model.inner),
     )

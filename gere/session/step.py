@@ -162,6 +162,11 @@ class Steps:
         """Whether a loss that is computed now belongs to a step."""
         return self.share is not NO_STEP and not self._held
 
+    @property
+    def replay_alone(self) -> bool:
+        """Whether the next micro-step has no task row on any rank."""
+        return bool(self._left) and not self._left[0].rows.all_task
+
     def begin(self, micro_steps: Sequence[MicroStep], share: StepShare) -> None:
         """Begin a step. What an interrupted step left, such as one that ran out of memory, is dropped."""
         self.share = share

@@ -11,12 +11,14 @@ from torch import nn
 
 from gere.cache import Anchor
 from gere.evaluation.general import CHANGE, INTERVAL, LOSS
-from gere.session.line import NOT_MOVED, SHARE
+from gere.session.line import NOT_MOVED, SHARE, Decay
 from gere.session.plan import ReplayPlan, ReplaySettings
 from gere.session.session import ReplaySession
 
 # Nats, about a tenth of the perplexity. What is lost beyond that is called forgotten.
 KEPT = 0.1
+# The highest base decay of docs/strategies.md.
+HIGH_DECAY = 1.6
 GENERAL, ERROR = "general/", "_se"
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 Log = Mapping[str, Any]
@@ -31,7 +33,7 @@ class StepPlan(NamedTuple):
         added: Whether replay rows come on top of those rows.
         steps: Optimizer steps of the training.
         plain_steps: Optimizer steps that the plain trainer would take.
-        base_decay: `gere_config.base_decay`.
+        decay: Base decay.
     """
 
     rows: int
@@ -39,7 +41,7 @@ class StepPlan(NamedTuple):
     added: bool
     steps: int
     plain_steps: int
-    base_decay: float
+    decay: Decay
 
 
 class ReplayFacts(NamedTuple):
@@ -103,8 +105,10 @@ def opening(session: ReplaySession, plan: StepPlan) -> str:
         f"{_rows(plan)}, from {len(replay.rows)} texts",
         f"{len(replay.heldout)} texts are held out",
     ]
-    if plan.base_decay:
-        parts.append(f"base decay {plan.base_decay:g}")
+    if plan.decay.c:
+        parts.append(f"base decay {plan.decay.c:g}")
+    elif plan.decay.why_off:
+        parts.append(f"no base decay, since {plan.decay.why_off}")
     steps = f"{plan.steps} steps"
     if plan.steps != plan.plain_steps:
         steps += f" ({plan.plain_steps} without replay)"
@@ -145,18 +149,18 @@ def _rows(plan: StepPlan) -> str:
     return f"{plan.replay} of {plan.rows} rows in each step {are} ({100 * plan.replay / plan.rows:.3g} %)"
 
 
-def advice_of(trainer: Any, replay: int, rows: int, base_decay: float) -> str:
+def advice_of(trainer: Any, replay: int, rows: int, decay: Decay) -> str:
     """Say what to change in a training that forgot, by its own numbers.
 
     Args:
         trainer: The trainer.
         replay: Replay rows of a step.
         rows: Rows of a step.
-        base_decay: `gere_config.base_decay`.
+        decay: Base decay of the training.
     """
     tries = [f"a lower learning_rate than {trainer.args.learning_rate:g}"]
-    if not base_decay:
-        tries.insert(0, "gere_config.base_decay=1")
+    if decay.c < HIGH_DECAY and not decay.why_off:
+        tries.insert(0, f"gere_config.base_decay={HIGH_DECAY}")
     if trainer.state.epoch and trainer.state.epoch > 1:
         tries.append(f"fewer than {trainer.state.epoch:.2g} epochs")
     if 2 * replay < rows:
@@ -201,6 +205,8 @@ def _general_sentence(history: Sequence[Log], texts: int | None, advice: str) ->
             "10 texts or more to replay."
         )
     loss, change = measured[-1][LOSS], measured[-1][CHANGE]
+    if not math.isfinite(change):
+        return f"Broken: the general loss is {loss}. The model gives no finite numbers any more."
     half = measured[-1].get(INTERVAL, math.nan)
     low, high = change - half, change + half
     on = f"{texts} texts" if texts else "texts"

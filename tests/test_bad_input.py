@@ -33,8 +33,9 @@ from gere.errors import (
     UnsupportedSettingError,
 )
 from gere.model.states import is_reentrant
+from gere.replay.kept import write_records
 from gere.replay.rows import load_replay_set
-from gere.replay.texts import load_texts, write_records
+from gere.replay.texts import load_texts
 from gere.sampler import BatchInsertionSampler
 
 TEXTS = ["One text of several words.", "Another text, a little longer than the first."]

@@ -42,7 +42,7 @@ from gere.errors import (
 )
 from gere.losses.strategy import make_strategy
 from gere.losses.weighting import AutoWeight
-from gere.replay.texts import read_kept, write_kept
+from gere.replay.kept import read_kept, write_kept
 from gere.report import make_report
 from gere.session.checkpoint import keys_in_runs, read_key, read_weight
 
@@ -160,7 +160,7 @@ def sources(tmp_path):
         (run / name).write_text(json.dumps(content))
     for folder in (task, task / "checkpoint-2"):
         (folder / "trainer_state.json").write_text(json.dumps(STATE))
-    write_kept(saving / "replay-self-0.jsonl", ["a text"], {"source": "self"})
+    write_kept(saving / "replay-self-0.jsonl", [{"text": "a text"}], {"source": "self"})
     (tmp_path / "gere_anchor.json").write_text(json.dumps({"format_version": 1, "anchor": "a" * 32}))
     weight = {"format_version": 1, "distance": "tm over violations", "unrelated": 1.0, "number": 4.0, "rows": 4}
     (tmp_path / "gere_weight.json").write_text(json.dumps(weight))
@@ -331,7 +331,7 @@ def test_gc_asks_what_runs_need_while_no_run_can_begin(built):
 def test_gc_spares_texts_that_a_start_has_just_written_or_read(built):
     root = built.folder.parent
     path = root / "replay-self-0.jsonl"
-    write_kept(path, ["a text"], {"source": "self"})
+    write_kept(path, [{"text": "a text"}], {"source": "self"})
     assert collect(root, None, delete=False) == []
     os.utime(path, (0, 0))
     assert [item.path for item in collect(root, None, delete=False)] == [path]
@@ -580,7 +580,7 @@ def test_a_signal_leaves_nothing_of_a_command_behind(number, tmp_path):
     words = f"replay --source self=2000 --model {model} --out {tmp_path / 'out.jsonl'}".split()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "HF_HUB_OFFLINE": "1"}
     started = subprocess.Popen(
-        [sys.executable, "-m", "gere.cli", *words], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "gere", *words], env=environment, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
     while not any((tmp_path / "tmp").iterdir()) and time.monotonic() < deadline:

@@ -134,7 +134,7 @@ def _require_usable(options: argparse.Namespace, sources: list[GeReConfig]) -> N
 
 def _write(path: Path, records: Sequence[Record]) -> None:
     """Write rows as they were read, so that a training shows chats by the template of its own tokenizer."""
-    from gere.replay.texts import json_lines
+    from gere.replay.kept import json_lines
 
     with output_errors(path, "The replay file", "--out"):
         path.parent.mkdir(parents=True, exist_ok=True)

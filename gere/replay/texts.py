@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import glob
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gere._files import canonical_json, make_folder, read_lines, sha256, write_atomic
-from gere.cache.fingerprint import text_digest
+from gere._files import canonical_json, sha256
 from gere.config import SELF, GeReConfig
-from gere.errors import CacheCorruptError, ReplayDownloadError, ReplaySetError
-from gere.replay.forms import FORMS, OPTIONS, Row, read_row
+from gere.errors import ReplayDownloadError, ReplaySetError
+from gere.replay.forms import FORMS, Row, read_row
+from gere.replay.kept import read_kept, write_kept
 from gere.replay.records import FORMATS, Record, kind_of, read_records, take
 
 HUB_DATASET, HUB_SIZE = "DKYoon/SlimPajama-6B", 1000
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_SECONDS = 10.0
-CHAT_FIELDS = ("messages", *OPTIONS, "prompt", "completion")
 FILES = "a file (.jsonl, .json, .csv, .parquet, .txt), a folder, a datasets.Dataset or a list of strings"
 BY_HAND = "gere replay --source A=500 --source B=500 --out FILE.jsonl"
 
@@ -333,63 +330,3 @@ def _unloaded(source: Source, error: Exception) -> ReplaySetError:
         fix=f"{guess}{source.others} Or connect to the network once, after which the texts are kept beside the cache. "
         f"If there is a network, check the name.{parts}",
     )
-
-
-def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSON lines, whole or not at all, and make the folder."""
-    make_folder(path.parent)
-    write_atomic(path, json_lines(records))
-
-
-def json_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
-    """Return records as JSON lines."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    # A text may hold half of a surrogate pair, which strict UTF-8 refuses.
-    return "".join(lines).encode("utf-8", "surrogatepass")
-
-
-def write_kept(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
-    """Keep rows in a cache folder: JSON lines, each with `about`, the first of them with a digest of all rows."""
-    records = [{**row, **about} for row in rows]
-    records[0]["sha256"] = text_digest(map(_content, rows))
-    write_records(path, records)
-
-
-def _content(record: Mapping[str, Any]) -> str:
-    """Return what the digest of kept rows is made from: the text of a row, or its other fields as JSON."""
-    if "text" in record:
-        return str(record["text"])
-    return json.dumps({name: record[name] for name in CHAT_FIELDS if name in record}, sort_keys=True)
-
-
-def read_kept(path: Path, size: int, fix: str) -> list[dict[str, Any]]:
-    """Read the rows that `write_kept` wrote.
-
-    Args:
-        path: The file.
-        size: Number of rows that it must have.
-        fix: What to do about a damaged file.
-
-    Raises:
-        CacheCorruptError: If they are not those that were written.
-    """
-    try:
-        # Of use again: a start that has read them may be on its way to an anchor that is made from them.
-        with contextlib.suppress(OSError):
-            path.touch()
-        records = list(read_lines(path))
-        if len(records) != size:
-            raise ValueError(f"{len(records)} texts")
-        digest = text_digest(map(_content, records))
-        # Files from before version 0.2 have no digest.
-        if records[0].get("sha256", digest) != digest:
-            raise ValueError(f"texts with SHA-256 {digest}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheCorruptError(
-            "The kept replay texts are damaged.",
-            where=path,
-            expected=f"{size} lines as they were written, each a JSON object",
-            found=f"{type(error).__name__}: {error}",
-            fix=fix,
-        ) from error
-    return records

@@ -19,10 +19,11 @@ from gere.config import GeReConfig
 from gere.errors import CacheMissingError, UnsupportedSettingError
 from gere.model.sharded import is_sharded
 from gere.ranks import ALONE, Ranks
+from gere.replay.kept import read_kept, write_kept
 from gere.replay.rows import adds_bos, private_copy, require_tokenizer, tokenizer_digest
 from gere.replay.sampling import TextSampler, prompt_of
 from gere.replay.sieve import draw
-from gere.replay.texts import HUB_SIZE, read_kept, write_kept
+from gere.replay.texts import HUB_SIZE
 
 METHOD = "2"  # raised when the same settings would give other texts
 

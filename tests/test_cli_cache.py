@@ -134,7 +134,7 @@ def test_a_model_that_was_saved_quantized(build, measuring_trainer, tmp_path):
 
 @pytest.mark.parametrize("name", ["image:llava", "image:mllama", "llama"])
 def test_a_model_is_loaded_by_the_class_that_it_was_saved_from(name, build, measuring_trainer, tmp_path):
-    from test_architectures import build as tiny
+    from test_models import build as tiny
 
     folder = tmp_path / "saved"
     tiny(name).save_pretrained(folder)

@@ -187,7 +187,10 @@ def _has_steps_left(checkpoint: Path) -> bool:
     """Return whether a checkpoint is whole, and not that of the last step."""
     if torn(checkpoint):
         return False
-    state = read_state(checkpoint, _damaged)
+    try:
+        state = read_state(checkpoint, _damaged)
+    except ConfigError:
+        return False
     # Resumed from the last step, a plain `Trainer` would take a step too many.
     return state.global_step < state.max_steps
 

@@ -43,6 +43,12 @@ def _content(record: Mapping[str, Any]) -> str:
     return json.dumps({name: record[name] for name in CHAT_FIELDS if name in record}, sort_keys=True)
 
 
+def _is_kept(record: Mapping[str, Any]) -> bool:
+    if "text" in record:
+        return isinstance(record["text"], str)
+    return any(name in record for name in CHAT_FIELDS)
+
+
 def read_kept(path: Path, size: int, fix: str) -> list[dict[str, Any]]:
     """Read the rows that `write_kept` wrote.
 
@@ -59,6 +65,8 @@ def read_kept(path: Path, size: int, fix: str) -> list[dict[str, Any]]:
         with contextlib.suppress(OSError):
             path.touch()
         records = list(read_lines(path))
+        if not all(isinstance(record, dict) and _is_kept(record) for record in records):
+            raise TypeError("a row without a text")
         if len(records) != size:
             raise ValueError(f"{len(records)} texts")
         digest = text_digest(map(_content, records))

@@ -124,7 +124,8 @@ def _fault(path: Path) -> str:
             # `torch.save` writes a zip, whose table of contents comes last; before version 1.6 a pickle.
             if not (head[:1] == b"\x80" or (head == b"PK" and zipfile.is_zipfile(path))):
                 return "is cut off"
-    except (OSError, ValueError, SafetensorError) as error:
+    # A file of JSON may hold anything, also brackets that are nested too deep.
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         return f"cannot be read ({type(error).__name__}: {error})"
     return ""
 

@@ -167,10 +167,10 @@ def test_nan_gradients_do_not_reach_the_masks(make_trainer, arguments, memory):
 def test_killed_before_inside_and_after_a_fusion(make_trainer, arguments, memory, tmp_path, preset, cls, monkeypatch):
     """Q is 3: checkpoints of step 2 (in the midst of a round) and of step 4 (after a fusion)."""
 
-    def trainer(out, **changes):
+    def trainer(out, kept=memory, **changes):
         args = arguments(output_dir=str(tmp_path / out), max_steps=7, save_strategy="steps", save_steps=2)
         return make_trainer(
-            cls, model=adapter(), args=args, kif_memory=memory,
+            cls, model=adapter(), args=args, kif_memory=kept,
             kif_config=KIFConfig.preset(preset, inner_steps=3, outer_steps=2, **changes),
         )  # fmt: skip
 
@@ -201,6 +201,9 @@ def test_killed_before_inside_and_after_a_fusion(make_trainer, arguments, memory
     other = trainer("whole", score="sensitivity" if preset == "code" else "sensitivity x uncertainty")
     with pytest.raises(CacheCorruptError, match="kif_config"):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    another = trainer("whole", TaskMemory(memory.tasks, memory.rows[1:]))
+    with pytest.raises(CacheCorruptError, match="kif_memory"):
+        another.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     (tmp_path / "whole" / "checkpoint-2" / "gere_kif.safetensors").unlink()
     with pytest.raises(CacheCorruptError, match="gere_kif"):
         trainer("whole").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_tiny
+from conftest import ROOT, load_tiny
 from processes import run
 from safetensors.torch import load_file
 from test_lora import with_lora
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Trainer, TrainerCallback
 
 from gere import GeReTrainer, KIFConfig, RecurrentKIFTrainer, TaskMemory, recurrent_kif_trainer
 from gere.errors import CacheCorruptError, ConfigError, TaskMemoryError, UnsupportedModelError
@@ -386,6 +387,21 @@ def test_settings_are_checked(setting):
         KIFConfig(**setting)
     with pytest.raises(ConfigError, match="Did you mean paper"):
         KIFConfig.preset("papre")
+
+
+def test_the_code_of_the_page(tokenizer, arguments, task, tmp_path):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "kif.md").read_text(), flags=re.S | re.M)
+    labels = [row["labels"][-2] for row in task[:24]]
+    names = {
+        "tasks": [("one", task[:24], labels), ("two", task[24:], labels)],
+        "model": adapter(),
+        "args": arguments(max_steps=8, gradient_accumulation_steps=1, per_device_train_batch_size=2),
+        "collator": DataCollatorForSeq2Seq(tokenizer),
+        "path": tmp_path / "memory.jsonl",
+    }
+    exec(code, names)
+    assert "kif/neither" in names["trainer"].state.log_history[7]
+    assert TaskMemory.read(tmp_path / "memory.jsonl").tasks == ("one", "two")
 
 
 def test_a_new_adapter_in_a_later_task_is_noticed(make_trainer, memory, caplog):

@@ -3,7 +3,7 @@
     python -m benchmarks.kif_table --config seq.yaml --out runs/kif --seeds 0 1 2
 
 `seq.yaml` has what all ways share: model, tasks, lora, training, `general`; and a section `gere` with replay_dataset
-for the two ways that replay general texts. Each run resumes after a kill. At the end there is a page of `gere report`.
+for the two ways that replay general texts. Each run resumes after a kill. The page of the report is in `--out`.
 """
 
 from __future__ import annotations

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_tiny
+from conftest import ROOT, load_tiny
 from processes import run
 from safetensors.torch import load_file
 from test_lora import with_lora
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Trainer, TrainerCallback
 
 from gere import GeReTrainer, KIFConfig, RecurrentKIFTrainer, TaskMemory, recurrent_kif_trainer
 from gere.errors import CacheCorruptError, ConfigError, TaskMemoryError, UnsupportedModelError
@@ -167,10 +168,10 @@ def test_nan_gradients_do_not_reach_the_masks(make_trainer, arguments, memory):
 def test_killed_before_inside_and_after_a_fusion(make_trainer, arguments, memory, tmp_path, preset, cls, monkeypatch):
     """Q is 3: checkpoints of step 2 (in the midst of a round) and of step 4 (after a fusion)."""
 
-    def trainer(out, **changes):
+    def trainer(out, kept=memory, **changes):
         args = arguments(output_dir=str(tmp_path / out), max_steps=7, save_strategy="steps", save_steps=2)
         return make_trainer(
-            cls, model=adapter(), args=args, kif_memory=memory,
+            cls, model=adapter(), args=args, kif_memory=kept,
             kif_config=KIFConfig.preset(preset, inner_steps=3, outer_steps=2, **changes),
         )  # fmt: skip
 
@@ -201,6 +202,9 @@ def test_killed_before_inside_and_after_a_fusion(make_trainer, arguments, memory
     other = trainer("whole", score="sensitivity" if preset == "code" else "sensitivity x uncertainty")
     with pytest.raises(CacheCorruptError, match="kif_config"):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    another = trainer("whole", TaskMemory(memory.tasks, memory.rows[1:]))
+    with pytest.raises(CacheCorruptError, match="kif_memory"):
+        another.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     (tmp_path / "whole" / "checkpoint-2" / "gere_kif.safetensors").unlink()
     with pytest.raises(CacheCorruptError, match="gere_kif"):
         trainer("whole").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
@@ -383,6 +387,21 @@ def test_settings_are_checked(setting):
         KIFConfig(**setting)
     with pytest.raises(ConfigError, match="Did you mean paper"):
         KIFConfig.preset("papre")
+
+
+def test_the_code_of_the_page(tokenizer, arguments, task, tmp_path):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "kif.md").read_text(), flags=re.S | re.M)
+    labels = [row["labels"][-2] for row in task[:24]]
+    names = {
+        "tasks": [("one", task[:24], labels), ("two", task[24:], labels)],
+        "model": adapter(),
+        "args": arguments(max_steps=8, gradient_accumulation_steps=1, per_device_train_batch_size=2),
+        "collator": DataCollatorForSeq2Seq(tokenizer),
+        "path": tmp_path / "memory.jsonl",
+    }
+    exec(code, names)
+    assert "kif/neither" in names["trainer"].state.log_history[7]
+    assert TaskMemory.read(tmp_path / "memory.jsonl").tasks == ("one", "two")
 
 
 def test_a_new_adapter_in_a_later_task_is_noticed(make_trainer, memory, caplog):

@@ -77,11 +77,12 @@ def observe(importance: Importance, now: Tensors, alpha: float, beta: float | No
     # infinite, so the entries are asked one by one.
     sound = torch.stack([value.isfinite().all() for value in now.values()]).all()
     for name, smoothed in importance.sensitivity.items():
-        moved = alpha * smoothed + (1 - alpha) * now[name]
+        value = now[name]
+        moved = alpha * smoothed + (1 - alpha) * value
         smoothed.copy_(torch.where(sound, moved, smoothed))
         if name in importance.uncertainty:
             uncertainty = importance.uncertainty[name]
-            moved = beta * uncertainty + (1 - beta) * (now[name] - smoothed).abs()
+            moved = beta * uncertainty + (1 - beta) * (value - smoothed).abs()
             uncertainty.copy_(torch.where(sound, moved, uncertainty))
 
 

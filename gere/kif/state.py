@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from gere._files import canonical_json, write_atomic
@@ -61,19 +61,11 @@ class KIFState:
 
     def observe_inner(self) -> None:
         """Take up the gradients of an optimizer step on the task."""
-        observe(self.inner, self._importance_now(), self.config.inner_smoothing)
+        observe(self.inner, _Now(self), self.config.inner_smoothing)
 
     def observe_outer(self) -> None:
         """Take up the gradients of an optimizer step on the memory."""
-        observe(self.outer, self._importance_now(), self.config.outer_smoothing)
-
-    def _importance_now(self) -> dict[str, Tensor]:
-        now = {}
-        for name, weight in self.weights.items():
-            # A tensor that took no part in the loss has no gradient, and does not matter to it.
-            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            now[name] = sensitivity(weight, gradient, self.config.rule)
-        return now
+        observe(self.outer, _Now(self), self.config.outer_smoothing)
 
     def end_inner(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """End the inner steps: return their mask, and the weights that they reached."""
@@ -139,24 +131,28 @@ class KIFState:
         weight = self.weights[name]
         weight.copy_(consolidate(weight, self.start[name], share.to(weight.device)))
 
-    def write(self, folder: Path) -> None:
-        """Write the state into a checkpoint."""
+    def write(self, folder: Path, memory: str) -> None:
+        """Write the state into a checkpoint, with the hash of the memory."""
         tensors = {}
         for part, values in self._parts().items():
             for name, value in values.items():
                 tensors[f"{part}.{name}"] = value.detach().cpu().contiguous()
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / STATE_FILE, save(tensors, {"format": "1"}))
+        write_atomic(folder / STATE_FILE, save(tensors, {"format": "1", "memory": memory}))
 
-    def read(self, folder: Path) -> None:
-        """Restore the state of a checkpoint.
+    def read(self, folder: Path, memory: str) -> None:
+        """Restore the state of a checkpoint that was trained with the memory of this hash.
 
         Raises:
-            CacheCorruptError: If the file is missing, damaged, or that of another adapter or score.
+            CacheCorruptError: If the file is missing, damaged, or that of another adapter, score or memory.
         """
         path = folder / STATE_FILE
         try:
-            stored = load_file(path)
+            with safe_open(path, "pt") as file:
+                known = file.metadata()["memory"]
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            if known != memory:
+                raise ValueError(f"a memory with the hash {known}")
             for part, values in self._parts().items():
                 for name, value in values.items():
                     value.copy_(stored.pop(f"{part}.{name}"))
@@ -166,7 +162,7 @@ class KIFState:
             raise CacheCorruptError(
                 "The checkpoint does not hold the state of this training of KIF.",
                 where=path,
-                expected="the state that a training with the same adapter and kif_config writes",
+                expected=f"the state of the same adapter, kif_config and kif_memory (hash {memory})",
                 found=f"{type(error).__name__}: {error}",
                 fix="Resume with the settings of the checkpoint, or begin the task again.",
             ) from error
@@ -176,6 +172,25 @@ class KIFState:
         for side, importance in (("inner", self.inner), ("outer", self.outer)):
             parts[f"{side}.E"], parts[f"{side}.U"] = importance
         return parts
+
+
+class _Now(Mapping[str, Tensor]):
+    """Importance of the weights by their gradients of now, one tensor at a time: all at once would be a copy more."""
+
+    def __init__(self, state: KIFState) -> None:
+        self._state = state
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._state.weights[name]
+        # A tensor that took no part in the loss has no gradient, and does not matter to it.
+        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        return sensitivity(weight, gradient, self._state.config.rule)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state.weights)
+
+    def __len__(self) -> int:
+        return len(self._state.weights)
 
 
 def copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ class KIFMixin(_Parent):
         self._kif_warn_of_a_fresh_adapter(weights)
         self._kif_state = KIFState.begin(config, weights)  # type: ignore[arg-type]
         if self._kif_checkpoint is not None:
-            self._kif_state.read(self._kif_checkpoint)
+            self._kif_state.read(self._kif_checkpoint, self._kif_memory.sha256)
 
     def _kif_refuse(self, model: nn.Module) -> None:
         """Refuse what would give each process other masks, and rounds that never end."""
@@ -227,7 +227,7 @@ class KIFMixin(_Parent):
         folder = Path(output_dir or str(self.args.output_dir))
         # Before the state of the trainer, which says that a checkpoint is whole.
         if self.is_in_train and self._kif_state is not None:
-            self._kif_state.write(folder)
+            self._kif_state.write(folder, self._kif_memory.sha256)
         if self._kif_scores and not self.is_in_train:
             write_history(folder, self._kif_scores)
 

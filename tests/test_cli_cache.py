@@ -571,3 +571,16 @@ def test_commands_of_the_page(tmp_path, capsys, monkeypatch):
         status, _, error = run(" ".join(words[1:]), capsys)
         assert (words[0], status) == ("gere", 0), error
     assert len(list(Path("gere_saving").glob("anchor-*"))) == 1
+
+
+def test_gc_keeps_texts_of_which_some_are_held_out(measuring_trainer, arguments, tmp_path, capsys):
+    trainer = measuring_trainer(args=arguments(max_steps=2), config={"replay_dataset": "self", "replay_size": 40})
+    trainer.train()
+    assert trainer.replay.heldout
+    (kept,) = trainer.replay.folder.glob("replay-*.jsonl")
+    os.utime(kept, (0, 0))
+    words = f"cache gc {trainer.replay.folder} --runs {trainer.args.output_dir} --yes"
+    assert run(words, capsys)[0] == 0 and kept.is_file()
+    kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:30]))
+    os.utime(kept, (0, 0))
+    assert run(words, capsys)[0] == 0 and not kept.exists(), "no anchor is made from these"

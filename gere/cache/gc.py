@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from gere.cache.inventory import Survey, key_in, pick, size_of, survey
 from gere.cache.resolve import acquired, folder_lock
 from gere.cache.store import RETIRED, anchor_folder, has_manifest, read_manifest
 from gere.errors import CacheError, CacheFolderError, CacheMissingError
+from gere.replay.rows import held_out
 
 STALE_SECONDS = 3600
 
@@ -71,12 +72,12 @@ def _find(held: Survey, named: Collection[str] | None, keep: Collection[str]) ->
         only_copy = path.suffix == RETIRED and key_in(path.name) in wanted and not _finished(path)
         if not (_is_young(path) or only_copy):
             yield Rubbish(path, "left by a run that was killed", size_of(path))
-    texts = {_texts_of(path) for path in staying}
+    made_from = [_made_from(path) for path in staying]
     # While one manifest does not tell its texts, any file may be the one that its anchor was made from.
-    if None in texts:
+    if None in made_from:
         return
     for path in held.replay_files:
-        if not _is_young(path) and _digest_of(path) not in {*texts, None}:
+        if not (_is_young(path) or _may_have_made(path, [anchor for anchor in made_from if anchor])):
             yield Rubbish(path, "no anchor that stays was made from these texts", size_of(path))
 
 
@@ -110,20 +111,35 @@ def _known(held: Survey, keep: Collection[str]) -> set[str]:
     return keys
 
 
-def _texts_of(folder: Path) -> str | None:
-    """Return the digest of the texts of an anchor; `None` if its manifest does not tell."""
+class _MadeFrom(NamedTuple):
+    """Digest of the texts that an anchor replays, and the number of those that were held out beside them."""
+
+    digest: str
+    heldout: int
+
+
+def _made_from(folder: Path) -> _MadeFrom | None:
+    """Return what an anchor was made from; `None` if its manifest does not tell."""
     try:
-        return read_manifest(folder).fields.get("texts")
-    except CacheError:
+        fields = read_manifest(folder).fields
+        return _MadeFrom(fields["texts"], int(fields.get("heldout", "0").split()[0]))
+    except (CacheError, KeyError, ValueError, IndexError):
         return None
 
 
-def _digest_of(replay_file: Path) -> str | None:
-    """Return the digest of kept texts; `None` if they cannot be read, and then they stay."""
+def _may_have_made(replay_file: Path, anchors: Iterable[_MadeFrom]) -> bool:
+    """Return whether one of the anchors was made from kept texts, or whether they cannot be read."""
     try:
-        return text_digest(record["text"] for record in read_lines(replay_file))
+        texts = [str(record["text"]) for record in read_lines(replay_file)]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return True
+    for anchor in anchors:
+        # What was held out comes from the same file, or from another one.
+        for count in {0, anchor.heldout}:
+            measured = {*held_out(texts, count)}
+            if text_digest(text for place, text in enumerate(texts) if place not in measured) == anchor.digest:
+                return True
+    return False
 
 
 def _remove(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -25,6 +25,7 @@ from gere.kif.memory import TaskMemory
 from gere.kif.state import History, KIFState, write_history
 from gere.model.adapters import is_adapted
 from gere.model.generate import own_randomness
+from gere.model.sharded import is_sharded
 from gere.session.checks import is_spread
 from gere.session.policy import kind_of
 
@@ -75,6 +76,7 @@ class KIFMixin(_Parent):
         self._kif_checkpoint: Path | None = None
         self._kif_logs: dict[str, Tensor] = {}
         super().__init__(*args, **_compat.with_processing_class(super().__init__, kwargs))
+        self._kif_refuse_spread()
         before = config.observe == "before"
         events = {
             "on_train_begin": self._kif_begin,
@@ -102,7 +104,7 @@ class KIFMixin(_Parent):
         """Begin or resume the task; the weights of a checkpoint are loaded."""
         config = self._kif_config
         model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
-        self._kif_refuse(model)
+        self._kif_refuse_sizes()
         weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         if not (is_adapted(model) and weights):
             raise UnsupportedModelError(
@@ -120,17 +122,21 @@ class KIFMixin(_Parent):
         if self._kif_checkpoint is not None:
             self._kif_state.read(self._kif_checkpoint, self._kif_memory.sha256)
 
-    def _kif_refuse(self, model: nn.Module) -> None:
-        """Refuse what would give each process other masks, and rounds that never end."""
-        config, ranks = self._kif_config, self.accelerator.num_processes
-        if is_spread(self, model) or self.args.n_gpu > 1:
+    def _kif_refuse_spread(self) -> None:
+        """Refuse what would give each process a part of the gradients."""
+        if is_spread(self, self.model) or self.args.n_gpu > 1:
+            how = "sharded weights" if is_sharded(self.model) else kind_of(self)
             raise UnsupportedSettingError(
                 "KIF needs the whole adapter and its gradients on each process.",
                 where="distributed training",
                 expected="one process, or DDP",
-                found=f"{kind_of(self)}, {self.args.n_gpu} GPUs in this process",
+                found=f"{how}, {self.args.n_gpu} GPUs in this process",
                 fix="Start with torchrun (DDP). An adapter is small: ZeRO-3 and FSDP save little of it.",
             )
+
+    def _kif_refuse_sizes(self) -> None:
+        """Refuse rounds that never end, and batches that cannot be shared."""
+        config, ranks = self._kif_config, self.accelerator.num_processes
         rounds = config.needs_memory and bool(self._kif_memory.rows)
         steps = f"at most the {self.state.max_steps} steps of the training"
         require(

@@ -128,7 +128,7 @@ class GeReConfig:
         choices=(*STRATEGIES, NO_REPLAY),
     )
     base_decay: float | str = _setting(
-        AUTO,
+        0.0,
         "Pull the weights back to those of the base model while they are trained: over the whole training, what was "
         "learned at its start fades to exp(-base_decay). 0 is off; 0.7 to 1.6 are sensible. It also works with "
         f'replay_strategy "none". "auto" is {DECAY}; it is 0 without replay, for a model that was tuned before, and '

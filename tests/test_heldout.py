@@ -330,7 +330,7 @@ def test_summary_is_a_sentence(measuring_trainer, arguments, change, words):
     ]
     summary = trainer.replay.summary()
     assert f"{words} on 2 texts that were never replayed." in summary
-    assert ("Try gere_config.base_decay=1.6, or a lower learning_rate than 0.001." in summary) == (change > 0.1)
+    assert ("Try gere_config.base_decay=0.7, or a lower learning_rate than 0.001." in summary) == (change > 0.1)
     assert f"Task loss {first['gere/first_task_loss']:.3f} in the first step" in summary
     assert "sciq                 0.700 -> 0.600 ± 0.040" in summary
 

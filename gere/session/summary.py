@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gere.cache import Anchor
+from gere.config import DECAY
 from gere.evaluation.general import CHANGE, INTERVAL, LOSS
 from gere.session.line import NOT_MOVED, SHARE, Decay
 from gere.session.plan import ReplayPlan, ReplaySettings
@@ -17,8 +18,6 @@ from gere.session.session import ReplaySession
 
 # Nats, about a tenth of the perplexity. What is lost beyond that is called forgotten.
 KEPT = 0.1
-# The highest base decay of docs/strategies.md.
-HIGH_DECAY = 1.6
 GENERAL, ERROR = "general/", "_se"
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 Log = Mapping[str, Any]
@@ -159,8 +158,8 @@ def advice_of(trainer: Any, replay: int, rows: int, decay: Decay) -> str:
         decay: Base decay of the training.
     """
     tries = [f"a lower learning_rate than {trainer.args.learning_rate:g}"]
-    if decay.c < HIGH_DECAY and not decay.why_off:
-        tries.insert(0, f"gere_config.base_decay={HIGH_DECAY}")
+    if not decay.c and not decay.why_off:
+        tries.insert(0, f"gere_config.base_decay={DECAY}")
     if trainer.state.epoch and trainer.state.epoch > 1:
         tries.append(f"fewer than {trainer.state.epoch:.2g} epochs")
     if 2 * replay < rows:

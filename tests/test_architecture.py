@@ -88,7 +88,7 @@ def test_every_rule_is_about_a_part_that_is_there():
 
 def test_the_top_level_is_one_screen():
     entries = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
-    assert len(entries) <= 24, sorted(path.name for path in entries)
+    assert len(entries) <= 25, sorted(path.name for path in entries)
 
 
 def test_versions_are_compared_in_one_place():

@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import DATA, ROOT, TINY, load_tiny, read_jsonl
 from filelock import FileLock
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 
 from gere.ability import Question, choice_accuracy
@@ -533,6 +533,7 @@ def test_half_written_files_are_not_used(tmp_path):
         (out.task(0) / f"checkpoint-{step}").mkdir(parents=True)
         if state is not None:
             (out.task(0) / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+        save_file({"weight": torch.zeros(1)}, out.task(0) / f"checkpoint-{step}" / "model.safetensors")
     assert out.checkpoint(0) == out.task(0) / "checkpoint-10"
     assert not (out.task(0) / "checkpoint-20").exists()
     with pytest.raises(RuntimeError, match="disk"):

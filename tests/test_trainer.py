@@ -342,7 +342,7 @@ def test_a_file_that_names_no_anchor_is_refused(make_trainer, model, tmp_path, k
     model.save_pretrained(folder)
     (folder / "gere_anchor.json").write_text(json.dumps({"format_version": 1, "anchor": key}))
     trainer = make_trainer(model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    with pytest.raises(CacheCorruptError, match=r"gere_anchor\.json[\s\S]*32 hexadecimal digits[\s\S]*next:"):
+    with pytest.raises(CacheCorruptError, match=r"gere_anchor\.json[\s\S]*(32 hexadecimal digits|a text)[\s\S]*next:"):
         trainer.train()
 
 

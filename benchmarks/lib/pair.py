@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import RandomSampler, Sampler
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,7 +24,7 @@ from benchmarks.lib.experiment import read_jsonl
 from benchmarks.lib.turns import Timed
 from gere import GeReConfig, GeReTrainer
 from gere.replay.rows import tokenize
-from gere.sampler.insertion import BatchInsertionSampler
+from gere.sampler import BatchInsertionSampler, parent_order
 
 SIDES = PLAIN, OURS = "Trainer", "GeReTrainer"
 REPLAY_ROWS = 32
@@ -102,6 +102,7 @@ class Pair:
             replay_per_batch=options.replay_per_batch,
             seed=seed,
             micro_batch_size=options.micro_batch_size,
+            task_order=parent_order(RandomSampler(self.task), seed),
             replay_lengths=[options.length] * len(self.replay),
         )
 

@@ -450,6 +450,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [False, True])
 def test_a_killed_run_leaves_the_folder_absent_or_as_it_was(save, blend, tmp_path, before):
     tuned = save(moved(load_tiny()), max_shard_size="100KB")

@@ -15,6 +15,8 @@ from gere import GeReTrainer
 
 EAGER = {"torch_compile": True, "torch_compile_backend": "eager"}
 
+pytestmark = pytest.mark.slow
+
 
 class OwnLoss(GeReTrainer):
     """Calls the model just as replay does, so that a compiler takes both calls for one."""

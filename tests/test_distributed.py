@@ -128,6 +128,7 @@ def test_tokens_counted_by_each_rank_alone(tmp_path):
             assert log["loss"] == pytest.approx((9 * log["gere/task_loss"] + 7 * replay) / 16, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_rank_without_any_task_row(tmp_path):
     """Its spare row has no tokens to divide by; nothing may become infinite."""
     job = {"replay": 1, "global_micro": 2, "accumulation": 1, "steps": 4}

@@ -133,6 +133,7 @@ def replayed(folder: Path) -> dict:
     return {"replay_dataset": str(DATA / "heldout.jsonl"), "replay_size": 12, "max_length": 40}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "step"),
     [

@@ -156,6 +156,7 @@ def test_nan_gradients_do_not_reach_the_masks(make_trainer, arguments, memory):
     assert 0.6 < log["kif/neither"] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "cls"),
     [

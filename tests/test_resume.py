@@ -77,6 +77,7 @@ def test_kill_and_resume_is_bit_for_bit(tmp_path, kind):
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replay", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_resume_at_every_step_of_three_epochs(make_trainer, arguments, task, general, tmp_path, replay):
     def args():

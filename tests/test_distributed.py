@@ -51,7 +51,7 @@ def test_held_out_texts_are_shared_by_two_processes(tmp_path, alone, rate):
     assert all(result["ability"] == [one] for result in ours.results), "the same on every process"
     assert ours.results[0]["hashes"] == theirs.results[0]["hashes"], "the anchor has the same bytes"
     for key in ("general/loss", "general/change", "general/change_interval"):
-        assert one[key] == pytest.approx(other[key], abs=1e-6)
+        assert one[key] == pytest.approx(other[key], abs=1e-5)
     assert (one["general/change"] == 0.0) == (rate == 0.0)
 
 

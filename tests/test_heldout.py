@@ -18,11 +18,11 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.trainer_utils import default_compute_objective
 
 from gere import GeneralAbilityCallback, GeReConfig, GeReTrainer, gere_trainer
+from gere.cache.heldout import held_out
 from gere.errors import ConfigError, ReplaySetError
 from gere.evaluation.general import change_of, general_loss
 from gere.metrics import student_t
 from gere.replay import load_replay_set, load_texts
-from gere.replay.rows import held_out
 
 HALF = {"replay_heldout": 2}  # of 24 texts
 NAMES = ["general/loss", "general/change", "general/change_interval"]

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from gere._files import folder_errors, read_lines, remove
 from gere.cache.fingerprint import text_digest
+from gere.cache.heldout import held_out
 from gere.cache.inventory import Survey, key_in, pick, size_of, survey
 from gere.cache.resolve import acquired, folder_lock
 from gere.cache.store import RETIRED, anchor_folder, has_manifest, read_manifest
 from gere.errors import CacheError, CacheFolderError, CacheMissingError
-from gere.replay.rows import held_out
 
 STALE_SECONDS = 3600
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from gere._files import canonical_json, sha256
 from gere._log import logger
 from gere.cache.fingerprint import text_digest
+from gere.cache.heldout import held_out, spread
 from gere.config import GeReConfig
 from gere.errors import ReplaySetError, TokenizerError
 from gere.replay.forms import Templated
@@ -19,8 +19,6 @@ from gere.replay.texts import config_source, load_texts, read_rows
 T = TypeVar("T")
 
 
-# The share of a set that is held out at most.
-MOST_HELDOUT = 10
 # Characters that are tokenised for each token of a row, and tokens beyond the row that stay as they are.
 CHARACTERS, SPARE = 8, 32
 
@@ -79,25 +77,6 @@ def load_replay_set(
     if heldout:
         fields["heldout"] = f"{len(heldout)} rows, {text_digest(heldout)[:32]}"
     return ReplaySet(rows, heldout, tokenizer.pad_token_id, fields)
-
-
-def held_out(texts: Sequence[str], most: int) -> list[int]:
-    """Choose the places of the texts that are measured: at most a tenth, evenly spread, and none that comes twice.
-
-    Example:
-        >>> held_out(["a", "b", "b", *map(str, range(27))], 2)
-        [0, 16]
-    """
-    times = Counter(texts)
-    single = [place for place, text in enumerate(texts) if times[text] == 1]
-    return spread(single, min(most, len(texts) // MOST_HELDOUT, len(single)))
-
-
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """Take at most `count` items, evenly spread and with the first one."""
-    if count >= len(items):
-        return list(items)
-    return [items[place * len(items) // count] for place in range(count)]
 
 
 def _measured_texts(config: GeReConfig, cache_folder: Path, replayed: Sequence[str], tokenizer: Any) -> list[str]:

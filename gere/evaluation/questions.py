@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gere.cache.heldout import spread as evenly
 from gere.config import require
 from gere.errors import QuestionError
-from gere.replay import rows
 from gere.replay.records import Record, blank, read_records, take
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ def read_questions(source: str | Path, limit: int | None = None) -> list[Questio
 def spread(items: list[T], limit: int | None) -> list[T]:
     """Take at most `limit` items, evenly spread over the list and with its first one."""
     require(limit is None or (type(limit) is int and limit > 0), "limit", "a number above 0, or None", limit)
-    return rows.spread(items, len(items) if limit is None else limit)
+    return evenly(items, len(items) if limit is None else limit)
 
 
 def _are_texts(value: object) -> bool:

@@ -231,19 +231,19 @@ class GeReConfig:
         most = f"at most {MOST_KEPT}, since all others count as one"
         require(self.kl_top_k <= MOST_KEPT, "gere_config.kl_top_k", most, self.kl_top_k)
         budget = self.forgetting_budget
-        sound = budget is None or (_finite(budget) and budget >= 0)
+        sound = budget is None or (is_finite(budget) and budget >= 0)
         require(sound, "gere_config.forgetting_budget", "a finite number >= 0, or None", budget)
         if self.base_decay != AUTO:
             object.__setattr__(self, "base_decay", _parse_decay(self.base_decay))
         quantiles = (self.lower_quantile, self.upper_quantile)
-        ordered = all(map(_finite, quantiles)) and 0 < quantiles[0] < quantiles[1] < 1
+        ordered = all(map(is_finite, quantiles)) and 0 < quantiles[0] < quantiles[1] < 1
         require(ordered, "gere_config.lower_quantile, upper_quantile", "0 < lower < upper < 1", quantiles)
         measured = self.heldout_dataset is None or self.replay_heldout > 0
         require(measured, "gere_config.replay_heldout", "above 0 with a heldout_dataset", self.replay_heldout)
         where, texts = "gere_config.heldout_dataset", 'texts that nobody trained on, and not "self"'
         require(not isinstance(self.heldout_dataset, str) or self.heldout_dataset != SELF, where, texts, SELF)
         value = self.self_top_p
-        require(_finite(value) and 0 < value <= 1, "gere_config.self_top_p", "a number above 0, at most 1", value)
+        require(is_finite(value) and 0 < value <= 1, "gere_config.self_top_p", "a number above 0, at most 1", value)
 
     @property
     def samples_itself(self) -> bool:
@@ -519,7 +519,7 @@ def _checked(value: Any, where: str, rules: Mapping[str, Any]) -> Any:
     """Return the value, a whole number as an int, if the metadata of its setting allow it."""
     choices, least = rules["choices"], rules["least"]
     require(not choices or value in choices, where, " or ".join(map(repr, choices)), value)
-    require(not rules["positive"] or (_finite(value) and value > 0), where, "a finite number above 0", value)
+    require(not rules["positive"] or (is_finite(value) and value > 0), where, "a finite number above 0", value)
     if least is None:
         return value
     return _whole(value, least, where, f"a whole number >= {least}")
@@ -535,7 +535,8 @@ def _whole(value: Any, least: int, where: str, expected: str) -> int:
     return number
 
 
-def _finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
+    """Return whether a value is a finite number; True and False are none."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     try:

@@ -54,7 +54,7 @@ from gere.session.line import (
     require_measures,
 )
 from gere.session.plan import ReplayPlan, make_plan, replay_settings
-from gere.session.resume import adapters_arriving, last_whole, require_arrived, require_whole
+from gere.session.resume import adapters_arriving, checkpoint_of, require_arrived
 from gere.session.session import ReplaySession, begin_session
 from gere.session.step import Steps, added_parts, share_of
 from gere.session.summary import ReplayFacts, advice_of, append_to_card, facts_of, opening
@@ -123,7 +123,7 @@ class GeReMixin(_Parent):
             # Transformers takes every metric that does not end in "loss" for one that is better when it is greater.
             self.args.greater_is_better = False
             logger.warning("greater_is_better is set to False, since %s is what was forgotten.", CHANGE)
-        if self._gere.active or self._gere_decay.c or chooses(self._gere.config):
+        if self._gere.config.base_decay or chooses(self._gere.config):
             self.add_callback(LineCallback(self._gere_begin_line, self._gere_pull))
         self.callback_handler.callbacks.insert(0, AtTheEnd(self._gere_finish))
 
@@ -147,12 +147,7 @@ class GeReMixin(_Parent):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the parent does; a checkpoint names the anchor of its run, and `True` takes the last whole one."""
-        self._gere_checkpoint = None
-        if resume_from_checkpoint is True:
-            self._gere_checkpoint = last_whole(Path(str(self.args.output_dir)), _compat.ranks_of(self))
-        elif resume_from_checkpoint:
-            self._gere_checkpoint = Path(str(resume_from_checkpoint))
-            require_whole(self._gere_checkpoint)
+        self._gere_checkpoint = checkpoint_of(self, resume_from_checkpoint)
         if self._gere_checkpoint is not None:
             resume_from_checkpoint = str(self._gere_checkpoint)
         self._gere_loads_from = self._gere_checkpoint
@@ -272,10 +267,6 @@ class GeReMixin(_Parent):
         session = self._gere_session
         if session is None:
             return super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
-        if self.state.global_step >= self.state.max_steps:
-            # Resumed from its last step: the parent would take one more before it looks.
-            self.control.should_training_stop = True
-            return [], None
         sent: list[MicroBatch] = []
         batches = unpacked(epoch_iterator, sent, self.args.device)
         samples, items = super().get_batch_samples(batches, num_batches, *args, **kwargs)

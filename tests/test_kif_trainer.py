@@ -64,6 +64,21 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+def test_a_torn_checkpoint_is_passed_over(make_trainer, arguments, memory, tmp_path):
+    def trainer():
+        args = arguments(max_steps=4, save_strategy="steps", save_steps=1)
+        config = KIFConfig(inner_steps=2, outer_steps=1)
+        return make_trainer(RecurrentKIFTrainer, model=adapter(), args=args, kif_memory=memory, kif_config=config)
+
+    whole = trainer()
+    whole.train()
+    for step in (3, 4):
+        (tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(trained(whole.model), trained(resumed.model))
+
+
 def test_the_first_task_is_plain_training(make_trainer):
     models = with_lora(lora_dropout=0.1), with_lora(lora_dropout=0.1)
     make_trainer(Trainer, model=models[0]).train()

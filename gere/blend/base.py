@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from gere._files import canonical_json, folder_errors, make_folder, require_space, sync_folder, write_atomic
-from gere.cache.fingerprint import ADAPTER_WRAPPERS, base_tensors, digest_of, weights_digest
+from gere.cache.fingerprint import base_tensors, digest_of, own_name, weights_digest
 from gere.errors import CacheMissingError
 from gere.model.adapters import base_module
 from gere.ranks import Ranks
@@ -32,14 +32,14 @@ class BaseWeights:
 
     def __init__(self, places: Mapping[str, tuple[Path, str]], rows: Mapping[str, int] | None = None) -> None:
         self._places = dict(places)
-        self._rows = dict(rows or {})
+        self.rows = dict(rows or {})
 
     def read(self, name: str) -> Tensor:
         """Read a tensor into main memory; without the rows that have no base."""
         path, key = self._places[name]
         # The file is mapped for this tensor alone, and the clone lets go of the map: pages of a map count as memory.
         with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_slice(key)[: self._rows[name]] if name in self._rows else file.get_tensor(key)
+            tensor: Tensor = file.get_slice(key)[: self.rows[name]] if name in self.rows else file.get_tensor(key)
             return tensor.clone()
 
 
@@ -57,16 +57,13 @@ def rows_with_base(model: nn.Module) -> dict[str, int]:
         return {}
     found = {}
     try:
-        stored = _stored(file)
+        shapes = _shapes(file)
         tensors = base_tensors(model)
         for name, names in _names(model, tensors).items():
-            shape, keys = list(tensors[name].shape), [key for key in names if key in stored]
-            if not keys or not shape:
-                continue
-            with safe_open(stored[keys[0]], framework="pt") as content:
-                rows, *rest = content.get_slice(keys[0]).get_shape() or [0]
-            if rows < shape[0] and rest == shape[1:]:
-                found[name] = rows
+            stored = next((shapes[key] for key in names if shapes.get(key)), None)
+            shape = list(tensors[name].shape)
+            if stored and shape and stored[0] < shape[0] and stored[1:] == shape[1:]:
+                found[name] = stored[0]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return {}  # what cannot be read is not the base
     return found
@@ -171,6 +168,15 @@ def _stored(file: Path) -> dict[str, Path]:
         return dict.fromkeys(content.keys(), file)
 
 
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """Return the shape of each tensor that a file has, or those of an index."""
+    shapes: dict[str, list[int]] = {}
+    for part in {*_stored(file).values()}:
+        with safe_open(part, framework="pt") as content:
+            shapes |= {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118
+    return shapes
+
+
 def _rows_of(file: Path) -> dict[str, int]:
     """Return what a copy says about rows without a base; nothing for other files."""
     if file.suffix == ".json":
@@ -185,8 +191,7 @@ def _names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, list[st
     by_address: dict[int, list[str]] = {}
     for name, tensor in base_module(model).state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
-            clean = ".".join(part for part in name.split(".") if part not in ADAPTER_WRAPPERS)
-            by_address.setdefault(tensor.data_ptr(), []).append(clean)
+            by_address.setdefault(tensor.data_ptr(), []).append(own_name(name))
     return {name: [name, *by_address.get(tensor.data_ptr(), [])] for name, tensor in tensors.items()}
 
 

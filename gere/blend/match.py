@@ -9,7 +9,7 @@ import torch
 from gere.blend.files import Stored
 from gere.blend.pairs import Line, Pair
 from gere.blend.trained import LORA_A, LORA_B
-from gere.cache.fingerprint import ADAPTER_WRAPPERS
+from gere.cache.fingerprint import own_name
 from gere.errors import BlendError
 
 PEFT_PREFIX = "base_model.model."
@@ -91,8 +91,8 @@ def _matched(tuned: Stored, base: Stored, names: Collection[str]) -> Iterator[tu
 
 def names_elsewhere(name: str, firsts: Collection[str]) -> Iterator[str]:
     """Yield the names that a tensor may have elsewhere: some files leave the name of the outer module out."""
-    name = name.removeprefix(PEFT_PREFIX)
-    name = ".".join(part for part in name.split(".") if part not in {*ADAPTER_WRAPPERS, "modules_to_save"})
+    name = own_name(name.removeprefix(PEFT_PREFIX))
+    name = ".".join(part for part in name.split(".") if part != "modules_to_save")
     yield name
     yield name.partition(".")[2]
     for first in firsts:

@@ -57,11 +57,14 @@ class TrainedWeights:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield each weight with its base tensor, read one at a time; `None` stands for zeros."""
         for weight in self._weights:
-            base = self._on_disk.read(weight.on_disk) if weight.on_disk else weight.kept
-            if base is not None and base.shape != weight.tensor.shape:
-                yield weight.tensor[: len(base)], base
-            else:
-                yield weight.tensor, base
+            yield self._moving(weight), self._on_disk.read(weight.on_disk) if weight.on_disk else weight.kept
+
+    def _moving(self, weight: TrainedWeight) -> Tensor:
+        """Return the rows of a weight that have a base: all but those of added tokens."""
+        rows = self._on_disk.rows.get(weight.on_disk)
+        if weight.kept is not None and weight.kept.shape != weight.tensor.shape:
+            rows = len(weight.kept)
+        return weight.tensor if rows is None else weight.tensor[:rows]
 
     @property
     def adapter_is_new(self) -> bool:
@@ -70,13 +73,14 @@ class TrainedWeights:
 
     def copies(self) -> list[Tensor]:
         """Return copies of the weights as they are, in main memory."""
-        return [weight.detach().cpu().clone() for weight, _ in self]
+        return [self._moving(weight).detach().cpu().clone() for weight in self._weights]
 
 
 def _trained(model: nn.Module) -> Iterator[TrainedWeight]:
     names = {id(tensor): name for name, tensor in base_tensors(model).items()}
-    rows = rows_with_base(model)
     causal = base_module(model)
+    saved = any("modules_to_save" in name.split(".") for name, _ in causal.named_parameters())
+    rows = rows_with_base(model) if saved else {}
     for full_name, tensor in causal.named_parameters():
         parts = full_name.split(".")
         if not tensor.requires_grad or LORA_A & set(parts):
@@ -89,7 +93,8 @@ def _trained(model: nn.Module) -> Iterator[TrainedWeight]:
             place = parts.index("modules_to_save")
             original = ".".join([*parts[:place], "original_module", *parts[place + 2 :]])
             kept = causal.get_parameter(original)
-            yield TrainedWeight(tensor, kept=kept[: rows.get(names.get(id(kept), ""))])
+            with_base = rows.get(names.get(id(kept), ""))
+            yield TrainedWeight(tensor, kept=kept if with_base is None else kept[:with_base])
         else:
             raise UnsupportedModelError(
                 "The base of a weight that is trained is not known, so that it cannot go back to it.",

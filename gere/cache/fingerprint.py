@@ -186,6 +186,16 @@ def _of_tensors(tensors: Sequence[tuple[str, Tensor]]) -> list[Weights]:
         return list(pool.map(lambda item: _of_tensor(*item), tensors))
 
 
+def own_name(name: str) -> str:
+    """Return a name without the parts that PEFT puts into it where it wraps a module.
+
+    Example:
+        >>> own_name("model.embed_tokens.original_module.weight")
+        'model.embed_tokens.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in ADAPTER_WRAPPERS)
+
+
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return weights and persistent buffers of the base model by their own names; tied weights come once."""
     causal = base_module(model)
@@ -194,10 +204,9 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         adapters.update(getattr(module, "adapter_layer_names", ()))
     found: dict[tuple[int, ...], tuple[str, Tensor]] = {}
     for full_name, tensor in causal.state_dict(keep_vars=True).items():
-        parts = full_name.split(".")
-        if not isinstance(tensor, Tensor) or adapters & set(parts):
+        if not isinstance(tensor, Tensor) or adapters & set(full_name.split(".")):
             continue
-        name = ".".join(part for part in parts if part not in ADAPTER_WRAPPERS)
+        name = own_name(full_name)
         # Sharded weights have no address of their own: those of ZeRO-3 are empty between forward passes.
         if isinstance(tensor, DTensor) or not tensor.numel():
             address: tuple[int, ...] = (id(tensor),)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from gere.config import require, require_known
+from gere.config import is_finite, require, require_known
 from gere.kif.fusion import FusionWeights
 from gere.kif.importance import RULES, Rule
 
@@ -70,14 +69,14 @@ class KIFConfig:
             require(sound, f"kif_config.{name}", f"a whole number >= {least}", value)
         for name in ("share", "memory_share"):
             value = getattr(self, name)
-            require(_finite(value) and 0 < value < 1, f"kif_config.{name}", "above 0 and below 1", value)
+            require(is_finite(value) and 0 < value < 1, f"kif_config.{name}", "above 0 and below 1", value)
         for name in ("inner_smoothing", "outer_smoothing"):
             value = getattr(self, name)
-            require(_finite(value) and 0 <= value < 1, f"kif_config.{name}", "at least 0 and below 1", value)
+            require(is_finite(value) and 0 <= value < 1, f"kif_config.{name}", "at least 0 and below 1", value)
         for name in ("temperature", "outer_learning_rate"):
             value = getattr(self, name)
             open_rate = value is None and name == "outer_learning_rate"
-            require(open_rate or (_finite(value) and value > 0), f"kif_config.{name}", "a number above 0", value)
+            require(open_rate or (is_finite(value) and value > 0), f"kif_config.{name}", "a number above 0", value)
         choices = {
             "score": get_args(Score),
             "rule": tuple(RULES),
@@ -89,7 +88,7 @@ class KIFConfig:
             value = getattr(self, name)
             require(value in known, f"kif_config.{name}", " or ".join(map(repr, known)), value)
         weights = self.fusion_weights
-        sound = isinstance(weights, (tuple, list)) and len(weights) == 3 and all(map(_finite, weights))
+        sound = isinstance(weights, (tuple, list)) and len(weights) == 3 and all(map(is_finite, weights))
         require(sound, "kif_config.fusion_weights", "three numbers: both_inner, both_outer, neither", weights)
         object.__setattr__(self, "fusion_weights", FusionWeights(*weights))
 
@@ -136,7 +135,3 @@ def kif_config_of(section: Mapping[str, Any], where: str) -> KIFConfig:
     for key in section:
         require_known(key, [*known, "preset"], where, "A setting of KIF")
     return KIFConfig(**section)
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gere._files import canonical_json, write_atomic
+from gere._records import read_record
 from gere.errors import CacheCorruptError, ConfigError
 from gere.kif.config import KIFConfig
 from gere.kif.fusion import (
@@ -29,9 +30,17 @@ from gere.kif.fusion import (
     soft_share_of_present,
 )
 from gere.kif.importance import Importance, no_importance, observe, scores, sensitivity, top_share
+from gere.session.checkpoint import damaged
 
 STATE_FILE, HISTORY_FILE = "gere_kif.safetensors", "gere_kif.json"
 History = Mapping[str, Sequence[float]]
+
+
+class _HistoryFile(NamedTuple):
+    """Content of `gere_kif.json`: scores of all tasks so far by unit."""
+
+    history: dict[str, list[float]]
+    format_version: Literal[1] = 1
 
 
 @dataclass
@@ -229,7 +238,8 @@ def require_history(history: History, units: Mapping[str, Sequence[float] | Tens
 def write_history(folder: Path, history: History) -> None:
     """Write the scores of all tasks so far beside a saved model."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / HISTORY_FILE, canonical_json({"format_version": 1, "history": dict(history)}))
+    content = {name: list(unit) for name, unit in history.items()}
+    write_atomic(folder / HISTORY_FILE, canonical_json(_HistoryFile(content)._asdict()))
 
 
 def read_history(folder: Path) -> dict[str, list[float]]:
@@ -241,14 +251,5 @@ def read_history(folder: Path) -> dict[str, list[float]]:
     path = folder / HISTORY_FILE
     if not path.is_file():
         return {}
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): [float(score) for score in unit] for name, unit in content["history"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheCorruptError(
-            "The scores of earlier tasks beside a saved model cannot be read.",
-            where=path,
-            expected="a JSON object with history",
-            found=f"{type(error).__name__}: {error}",
-            fix="Restore the file, or train the task before again.",
-        ) from error
+    fix = "Restore the file, or train the task before again."
+    return read_record(path, _HistoryFile, partial(damaged, fix=fix)).history

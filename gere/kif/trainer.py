@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from gere import _compat
 from gere._log import logger
@@ -28,6 +27,7 @@ from gere.model.generate import own_randomness
 from gere.model.sharded import is_sharded
 from gere.session.checks import is_spread
 from gere.session.policy import kind_of
+from gere.session.resume import checkpoint_of
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Parent
@@ -93,11 +93,10 @@ class KIFMixin(_Parent):
         return self._kif_scores
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the parent does."""
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(str(self.args.output_dir))
-        self._kif_checkpoint = Path(str(checkpoint)) if checkpoint else None
+        """Train as the parent does; `True` takes the last whole checkpoint."""
+        self._kif_checkpoint = checkpoint_of(self, resume_from_checkpoint)
+        if self._kif_checkpoint is not None:
+            resume_from_checkpoint = str(self._kif_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _kif_begin(self) -> None:

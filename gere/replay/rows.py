@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from gere._files import canonical_json, sha256
 from gere._log import logger
@@ -15,9 +15,6 @@ from gere.config import GeReConfig
 from gere.errors import ReplaySetError, TokenizerError
 from gere.replay.forms import Templated
 from gere.replay.texts import config_source, load_texts, read_rows
-
-T = TypeVar("T")
-
 
 # Characters that are tokenised for each token of a row, and tokens beyond the row that stay as they are.
 CHARACTERS, SPARE = 8, 32

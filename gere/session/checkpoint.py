@@ -78,7 +78,7 @@ def read_decay(checkpoint: Path) -> float:
     content = _read(checkpoint, ANCHOR_FILE, AnchorName, fix)
     decay = content.base_decay if content is not None else 0.0
     if not 0 <= decay < math.inf:
-        raise _corrupt(f"{checkpoint}/{ANCHOR_FILE}", "'base_decay': a finite number >= 0", brief(decay), fix=fix)
+        raise damaged(f"{checkpoint}/{ANCHOR_FILE}", "'base_decay': a finite number >= 0", brief(decay), fix=fix)
     return decay
 
 
@@ -152,7 +152,7 @@ def read_key(folder: Path | None) -> str | None:
     # The key becomes the name of a folder: nothing else may pass.
     if not KEY.fullmatch(content.anchor):
         found = f"'anchor': {brief(content.anchor)}"
-        raise _corrupt(f"{folder}/{ANCHOR_FILE}", "a key of 32 hexadecimal digits", found, fix=fix)
+        raise damaged(f"{folder}/{ANCHOR_FILE}", "a key of 32 hexadecimal digits", found, fix=fix)
     return content.anchor
 
 
@@ -172,10 +172,11 @@ def _read(folder: Path | None, name: str, form: type[T], fix: str) -> T | None:
         return None
     with folder_errors(folder):
         there = (folder / name).is_file()
-    return read_record(folder / name, form, partial(_corrupt, fix=fix)) if there else None
+    return read_record(folder / name, form, partial(damaged, fix=fix)) if there else None
 
 
-def _corrupt(where: str, expected: str, found: str, *, fix: str) -> CacheCorruptError:
+def damaged(where: str, expected: str, found: str, *, fix: str) -> CacheCorruptError:
+    """Make the error about a file beside a saved model."""
     return CacheCorruptError(
         "A file that gere writes beside a saved model cannot be used.",
         where=where,

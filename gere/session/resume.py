@@ -30,6 +30,20 @@ TRAINING_STATE = (("*optimizer*", "global_step*"), ("scheduler.pt",), ("rng_stat
 SHOWN = 3
 
 
+def checkpoint_of(trainer: Any, resume_from_checkpoint: str | bool | None) -> Path | None:
+    """Return the checkpoint that a trainer resumes from: for `True` the last whole one; `None` for none.
+
+    Raises:
+        CheckpointError: If it is not whole, or none is.
+    """
+    if resume_from_checkpoint is True:
+        return last_whole(Path(str(trainer.args.output_dir)), _compat.ranks_of(trainer))
+    if not resume_from_checkpoint:
+        return None
+    require_whole(Path(str(resume_from_checkpoint)))
+    return Path(str(resume_from_checkpoint))
+
+
 def last_whole(folder: Path, ranks: Ranks) -> Path | None:
     """Find the last whole checkpoint of a run, the same on all processes; `None` if there is no checkpoint at all.
 

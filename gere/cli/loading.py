@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gere.errors import ConfigError, TokenizerError
 from gere.model.adapters import refuse_unanchorable
+from gere.model.loading import load_pretrained
 
 # How transformers names classes of models that read more than text. Of some, AutoModelForCausalLM loads the text part.
 WITH_OTHER_INPUTS = ("ForConditionalGeneration", "ForVisionText2Text")
@@ -40,7 +41,7 @@ def load_model(name: str, dtype: str | None, device: torch.device, option: str =
 
     `dtype` is the precision of the weights; `None` takes what `from_pretrained` gives. An error names `option`.
     """
-    model = _load(_class_of(name), "model", option, name, dtype=dtype)
+    model = load_pretrained(_class_of(name), "model", option, name, dtype=dtype)
     refuse_unanchorable(model)
     # `from_pretrained` has put a quantized model on its device, and `Trainer` does not move it either.
     if getattr(model, "is_quantized", False):
@@ -61,7 +62,7 @@ def _class_of(name: str) -> Any:
 
 def load_tokenizer(name: str, pad_token: str | None = None, option: str = "--tokenizer") -> Any:
     """Load a tokenizer, and set its padding token if one is given."""
-    tokenizer = _load(AutoTokenizer, "tokenizer", option, name)
+    tokenizer = load_pretrained(AutoTokenizer, "tokenizer", option, name)
     if pad_token is None:
         return tokenizer
     if pad_token not in tokenizer.get_vocab():
@@ -74,16 +75,3 @@ def load_tokenizer(name: str, pad_token: str | None = None, option: str = "--tok
         )
     tokenizer.pad_token = pad_token
     return tokenizer
-
-
-def _load(cls: Any, what: str, option: str, name: str, **settings: Any) -> Any:
-    try:
-        return cls.from_pretrained(name, **settings)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(
-            f"The {what} cannot be loaded.",
-            where=option,
-            expected="a folder or hub name for from_pretrained",
-            found=f"{name!r}: {type(error).__name__}: {error}",
-            fix="Correct the name; without a network, give the folder.",
-        ) from error

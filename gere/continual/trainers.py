@@ -25,7 +25,10 @@ from gere.continual.settings import SequenceSettings, require_name
 from gere.errors import ConfigError, MissingPackageError, TokenizerError, UnsupportedSettingError
 from gere.kif import RecurrentKIFTrainer, recurrent_kif_trainer
 from gere.kif.config import kif_config_of
+from gere.model.loading import load_pretrained
 from gere.trainer import GeReTrainer
+
+PRETRAINED = "model or its tokenizer"
 
 # Called as `factory(model, tokenizer, train_rows, args, **settings)`.
 TrainerFactory = Callable[..., Trainer]
@@ -151,7 +154,7 @@ def _as_number(name: str, value: Any) -> Any:
 
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model. If it has no padding token, its EOS token pads."""
-    tokenizer = _load(AutoTokenizer, name)
+    tokenizer = load_pretrained(AutoTokenizer, PRETRAINED, "model", name)
     if tokenizer.eos_token_id is None:
         raise TokenizerError(
             "The tokenizer has no token that ends an answer.",
@@ -166,7 +169,8 @@ def load_tokenizer(name: str) -> Any:
 
 def is_encoder_decoder(settings: SequenceSettings) -> bool:
     """Tell whether the model reads the prompt in an encoder, and writes the answer in a decoder."""
-    return bool(getattr(_load(AutoConfig, settings.model), "is_encoder_decoder", False))
+    config = load_pretrained(AutoConfig, PRETRAINED, "model", settings.model)
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def load_model(settings: SequenceSettings, saved: Path | None) -> Any:
@@ -176,7 +180,9 @@ def load_model(settings: SequenceSettings, saved: Path | None) -> Any:
     if saved is not None and settings.lora is None:
         name = str(saved)
     encodes = is_encoder_decoder(settings)
-    model = _load(AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM, name, dtype=settings.dtype)
+    model = load_pretrained(
+        AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM, PRETRAINED, "model", name, dtype=settings.dtype
+    )
     if encodes:
         # T5 takes the count of tokens in a step by **kwargs, and still gives the mean over the tokens of a batch.
         model.accepts_loss_kwargs = False
@@ -207,17 +213,4 @@ def load_model(settings: SequenceSettings, saved: Path | None) -> Any:
             expected="arguments of peft.LoraConfig, such as r, lora_alpha, target_modules",
             found=f"{type(error).__name__}: {error}",
             fix="Correct the section.",
-        ) from error
-
-
-def _load(cls: Any, name: str, **settings: Any) -> Any:
-    try:
-        return cls.from_pretrained(name, **settings)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(
-            "The model or its tokenizer cannot be loaded.",
-            where="model",
-            expected="a folder or hub name for from_pretrained",
-            found=f"{name!r}: {type(error).__name__}: {error}",
-            fix="Correct the name; without a network, give the folder.",
         ) from error
